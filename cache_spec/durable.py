@@ -1,0 +1,90 @@
+"""Files that are either whole and on disk, or not there: temporary name, fsync, publish, fsync of the folder.
+
+In: bytes and a path. Out: a published file, or a ``cannot-write`` error with everything as it was before.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from cache_spec.errors import BadInputError
+
+TEMPORARY_PREFIX = ".tmp-"
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn an ``OSError`` (full disk, no permission, read-only) into one ``cannot-write`` error naming ``path``."""
+    try:
+        yield
+    except OSError as error:
+        raise BadInputError(
+            "cannot-write",
+            path,
+            found=error.strerror or str(error),
+            hint="free space or fix permissions, then run the same command again",
+        ) from error
+
+
+def make_folder(path: Path) -> None:
+    """Create a folder and its parents, if they are not there."""
+    with writing(path):
+        path.mkdir(parents=True, exist_ok=True)
+
+
+def sync_folder(path: Path) -> None:
+    """Make the names in a folder durable."""
+    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_temporary(path: Path, data: bytes) -> Path:
+    """Write ``data``, synced and read back, under a temporary name beside ``path``; returns that name."""
+    temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}-{os.getpid()}-{secrets.token_hex(4)}")
+    with writing(path):
+        try:
+            with open(temporary, "xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            if temporary.read_bytes() != data:
+                raise OSError("what was written reads back differently")
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+    return temporary
+
+
+def publish_new(temporary: Path, path: Path) -> bool:
+    """Give a temporary file its final name; False, with the temporary removed, if ``path`` exists already."""
+    with writing(path):
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            return False
+        finally:
+            temporary.unlink(missing_ok=True)
+    return True
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write or overwrite a small file atomically and durably."""
+    temporary = write_temporary(path, data)
+    with writing(path):
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+
+
+def remove_leftovers(folder: Path) -> int:
+    """Delete temporary files that a killed run left below ``folder``; returns how many."""
+    leftovers = list(folder.rglob(f"{TEMPORARY_PREFIX}*"))
+    for leftover in leftovers:
+        leftover.unlink(missing_ok=True)
+    return len(leftovers)

@@ -1,0 +1,261 @@
+"""The manifest: what a cache is made of, and the fingerprint of everything that changes its bytes.
+
+In: facts about the teacher, the text and the settings. Out: one immutable model, its canonical JSON and its
+fingerprint. Two captures with equal fingerprints may share shards; with different ones they may not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any, Literal, Self
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from cache_spec.errors import BadInputError, CacheError
+
+FORMAT = "kdpipe-cache"
+FORMAT_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+
+# Small files and provenance may differ between library versions that write the same arrays.
+_NOT_CONTENT = {"files", "provenance"}
+Sha256 = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+def canonical_json(value: object) -> bytes:
+    """The one byte form of a JSON value: sorted keys, no spaces, UTF-8, a final newline."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return text.encode() + b"\n"
+
+
+def sha256_hex(data: bytes) -> str:
+    """SHA-256 of ``data`` as 64 lower-case hexadecimal digits."""
+    return hashlib.sha256(data).hexdigest()
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+
+class TeacherInfo(_Record):
+    """Which model the targets come from."""
+
+    name: str
+    """Hub name or folder name, as the user gave it."""
+    revision: str | None
+    """Commit of the hub repository; None for a local folder."""
+    model_type: str
+    """Architecture family of the Hugging Face configuration, such as ``gpt2``."""
+    weights_sha256: str = Sha256
+    """Digest of the weight files."""
+    vocab_size: int = Field(ge=1)
+    """V: the real vocabulary; padded rows of the output head are cut off."""
+    padded_vocab_size: int = Field(ge=1)
+    """Rows of the output head; at least V."""
+    hidden_size: int = Field(ge=1)
+    """D: width of the last hidden state."""
+    num_layers: int = Field(ge=1)
+    num_parameters: int = Field(ge=1)
+    max_positions: int | None = Field(ge=1)
+    """Longest block the teacher can read; None where it has no limit."""
+
+
+class TokenizerInfo(_Record):
+    """Which tokenizer turned text into ids."""
+
+    sha256: str = Sha256
+    """Digest of vocabulary, merges and special tokens."""
+    eos_token_id: int = Field(ge=0)
+    """The token that ends each document."""
+
+
+class SourceInfo(_Record):
+    """One file or data set of the corpus."""
+
+    name: str
+    num_bytes: int = Field(ge=0)
+    sha256: str = Sha256
+
+
+class CorpusInfo(_Record):
+    """The text, by its sources and by the tokens that came of it."""
+
+    sources: tuple[SourceInfo, ...]
+    text_field: str
+    num_documents: int = Field(ge=1)
+    num_tokens: int = Field(ge=1)
+    """Real tokens in the blocks, document ends included."""
+    tokens_sha256: str = Sha256
+    """Digest of every id of every block as little-endian uint32."""
+
+
+class BlocksInfo(_Record):
+    """How tokens are cut into blocks and blocks into shards."""
+
+    num_blocks: int = Field(ge=1)
+    """N"""
+    block_tokens: int = Field(ge=2)
+    """T"""
+    shard_blocks: int = Field(ge=1)
+    """S: blocks in a shard; the last shard may hold fewer."""
+    last_block: Literal["drop", "keep"]
+    """What was done with the last partial block."""
+
+    @property
+    def num_shards(self) -> int:
+        return -(-self.num_blocks // self.shard_blocks)
+
+    def shard_range(self, shard: int) -> tuple[int, int]:
+        """First block and number of blocks of a shard."""
+        first = shard * self.shard_blocks
+        return first, min(self.shard_blocks, self.num_blocks - first)
+
+
+class EncodingInfo(_Record):
+    """Which target encoding the cache holds, with its parameters."""
+
+    name: Literal["topk"]
+    k: int = Field(ge=1)
+    """K: tokens kept in each head."""
+    step_nats: float = Field(gt=0, le=1)
+    """Quantisation step of head log-probabilities; the error is at most half of it."""
+
+
+class HiddenInfo(_Record):
+    """How last hidden states are pooled."""
+
+    window: int = Field(ge=1)
+    """w: tokens averaged into one stored vector; 1 keeps each."""
+
+
+class ComputeInfo(_Record):
+    """How the teacher ran, as far as it changes low bits of the result."""
+
+    device_type: str
+    dtype: str
+    batch_blocks: int = Field(ge=1)
+
+
+class Manifest(_Record):
+    """Everything about a cache but its arrays."""
+
+    format: Literal["kdpipe-cache"] = "kdpipe-cache"
+    format_version: Literal[1] = 1
+    teacher: TeacherInfo
+    tokenizer: TokenizerInfo
+    corpus: CorpusInfo
+    blocks: BlocksInfo
+    encoding: EncodingInfo
+    temperatures: tuple[float, ...]
+    hidden: HiddenInfo | None
+    compute: ComputeInfo
+    files: dict[str, str]
+    """Path to SHA-256 of each small file beside the shards: array metadata, tokenizer, teacher configuration."""
+    provenance: dict[str, str]
+    """Versions, hardware and time: recorded, but not part of the fingerprint."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        teacher, blocks = self.teacher, self.blocks
+        if teacher.padded_vocab_size < teacher.vocab_size:
+            raise ValueError("padded_vocab_size is below vocab_size")
+        if self.encoding.k > teacher.vocab_size:
+            raise ValueError("encoding.k is above the vocabulary")
+        if self.tokenizer.eos_token_id >= teacher.vocab_size:
+            raise ValueError("eos_token_id is outside the vocabulary")
+        if not self.temperatures or list(self.temperatures) != sorted(set(self.temperatures)):
+            raise ValueError("temperatures must be ascending, distinct and at least one")
+        if not all(0 < t < float("inf") for t in self.temperatures):
+            raise ValueError("temperatures must be positive and finite")
+        if self.hidden is not None and blocks.block_tokens % self.hidden.window:
+            raise ValueError("hidden.window does not divide block_tokens")
+        if self.corpus.num_tokens > blocks.num_blocks * blocks.block_tokens:
+            raise ValueError("corpus.num_tokens is above what the blocks hold")
+        return self
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over all that changes the cache's bytes."""
+        return sha256_hex(canonical_json(self.model_dump(mode="json", exclude=_NOT_CONTENT)))
+
+    @property
+    def id_dtype(self) -> np.dtype[np.unsignedinteger[Any]]:
+        """Narrowest unsigned dtype that holds every token id."""
+        return np.dtype(np.uint16 if self.teacher.vocab_size <= 1 << 16 else np.uint32)
+
+    @property
+    def num_windows(self) -> int:
+        """W: pooled vectors in a block; 0 where no hidden state is kept."""
+        return self.blocks.block_tokens // self.hidden.window if self.hidden else 0
+
+    def temperature_index(self, temperature: float) -> int:
+        """Position of ``temperature`` in the declared grid; refuses any other temperature."""
+        if temperature not in self.temperatures:
+            raise BadInputError(
+                "undeclared-temperature",
+                f"temperature {temperature:g}",
+                expected="one of " + ", ".join(f"{t:g}" for t in self.temperatures),
+                hint="capture again with this temperature in --temperatures",
+            )
+        return self.temperatures.index(temperature)
+
+    def to_json(self) -> bytes:
+        """Canonical bytes of ``manifest.json``; ``digest`` guards them all, ``fingerprint`` names the cache."""
+        body: dict[str, object] = self.model_dump(mode="json")
+        body["fingerprint"] = self.fingerprint
+        return seal_json(body)
+
+    @classmethod
+    def from_json(cls, data: bytes, place: object) -> Manifest:
+        """Read ``manifest.json`` strictly: known version, exact bytes, known fields, plausible values."""
+        body = load_sealed(data, place)
+        fingerprint = body.pop("fingerprint", None)
+        version = body.get("format_version")
+        if body.get("format") != FORMAT:
+            raise CacheError("not-a-cache", place, expected=f"format {FORMAT}", found=body.get("format"))
+        if version != FORMAT_VERSION:
+            raise CacheError("unknown-version", place, expected=f"format_version {FORMAT_VERSION}", found=version)
+        try:
+            manifest = cls.model_validate_json(json.dumps(body))
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise CacheError("bad-manifest", f"{place}: {where or 'manifest'}", found=first["msg"]) from None
+        if fingerprint != manifest.fingerprint:
+            raise CacheError("fingerprint-mismatch", place, expected=manifest.fingerprint, found=fingerprint)
+        return manifest
+
+
+def seal_json(body: Mapping[str, object]) -> bytes:
+    """Canonical JSON of ``body`` with a ``digest`` over the rest of it."""
+    return canonical_json({**body, "digest": sha256_hex(canonical_json(dict(body)))})
+
+
+def load_sealed(data: bytes, place: object) -> dict[str, Any]:
+    """The object of a sealed JSON file, without its digest; any changed byte is refused."""
+    try:
+        body = json.loads(data)
+    except ValueError as error:
+        raise CacheError("broken-json", place, found=str(error)) from None
+    if not isinstance(body, dict) or "digest" not in body:
+        raise CacheError("broken-json", place, expected="an object with a digest")
+    digest = body.pop("digest")
+    found = sha256_hex(canonical_json(body))
+    if digest != found or data != canonical_json({**body, "digest": digest}):
+        raise CacheError("digest-mismatch", place, expected=digest, found=found)
+    return body
+
+
+def differences(old: Manifest, new: Manifest) -> list[str]:
+    """Readable ``setting: old, now new`` lines for all that differs between two fingerprints."""
+
+    def flat(value: object, prefix: str = "") -> dict[str, object]:
+        if isinstance(value, dict):
+            return {k: v for key, item in value.items() for k, v in flat(item, f"{prefix}{key}.").items()}
+        return {prefix[:-1]: value}
+
+    left, right = (flat(m.model_dump(mode="json", exclude=_NOT_CONTENT)) for m in (old, new))
+    return [f"{key}: {left.get(key)}, now {right.get(key)}" for key in left | right if left.get(key) != right.get(key)]

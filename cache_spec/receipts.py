@@ -1,0 +1,139 @@
+"""Receipts: one sealed JSON file per committed shard, and the seal that ends a cache.
+
+In: a manifest and what was written. Out: records that bind each shard file's size and digest to the manifest.
+A shard without a receipt does not exist; a cache without a seal is not finished.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from cache_spec.durable import replace_file
+from cache_spec.errors import CacheError
+from cache_spec.layout import array_specs
+from cache_spec.manifest import MANIFEST_NAME, Manifest, Sha256, load_sealed, seal_json, sha256_hex
+
+SEAL_NAME = "seal.json"
+RECEIPTS_FOLDER = "receipts"
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class FileReceipt(_Record):
+    """Size and digest of one shard file."""
+
+    num_bytes: int = Field(ge=1)
+    sha256: str = Sha256
+
+
+class Receipt(_Record):
+    """Proof that a shard is whole, and of which cache it is part."""
+
+    fingerprint: str = Sha256
+    shard: int = Field(ge=0)
+    first_block: int = Field(ge=0)
+    num_blocks: int = Field(ge=1)
+    tokens_sha256: str = Sha256
+    """Digest of the shard's ids as little-endian uint32."""
+    teacher_sha256: str = Sha256
+    files: dict[str, FileReceipt]
+    """One entry per array."""
+
+
+class Seal(_Record):
+    """Written once, when every shard has its receipt."""
+
+    fingerprint: str = Sha256
+    num_shards: int = Field(ge=1)
+    receipts_sha256: str = Sha256
+    """Digest over the bytes of all receipts in shard order."""
+
+
+def receipt_path(cache: Path, shard: int) -> Path:
+    return cache / RECEIPTS_FOLDER / f"{shard:08d}.json"
+
+
+def read_manifest(cache: Path) -> Manifest:
+    """The manifest of a cache folder; CacheError ``not-a-cache`` if there is none."""
+    path = cache / MANIFEST_NAME
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise CacheError(
+            "not-a-cache", cache, expected=f"a folder with {MANIFEST_NAME}", found=error.strerror
+        ) from None
+    return Manifest.from_json(data, path)
+
+
+def read_receipt(cache: Path, manifest: Manifest, shard: int) -> Receipt | None:
+    """The receipt of a shard, checked against the manifest; None if there is none."""
+    path = receipt_path(cache, shard)
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    try:
+        receipt = Receipt.model_validate_json(json.dumps(load_sealed(data, path)))
+    except ValidationError as error:
+        raise CacheError("bad-receipt", path, found=error.errors()[0]["msg"]) from None
+    first_block, num_blocks = manifest.blocks.shard_range(shard)
+    expected = (manifest.fingerprint, shard, first_block, num_blocks, manifest.teacher.weights_sha256)
+    found = (receipt.fingerprint, receipt.shard, receipt.first_block, receipt.num_blocks, receipt.teacher_sha256)
+    if expected != found or set(receipt.files) != set(array_specs(manifest)):
+        raise CacheError("foreign-receipt", path, expected=f"shard {shard} of cache {manifest.fingerprint[:12]}")
+    return receipt
+
+
+def write_seal(cache: Path, manifest: Manifest) -> None:
+    """Seal a cache whose shards all have receipts; CacheError ``unfinished-cache`` otherwise."""
+    digest = receipts_digest(cache, manifest)
+    seal = Seal(fingerprint=manifest.fingerprint, num_shards=manifest.blocks.num_shards, receipts_sha256=digest)
+    replace_file(cache / SEAL_NAME, seal_json(seal.model_dump(mode="json")))
+
+
+def read_seal(cache: Path, manifest: Manifest) -> Seal | None:
+    """The seal of a finished cache, checked against the manifest; None if the cache is not finished."""
+    path = cache / SEAL_NAME
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    try:
+        seal = Seal.model_validate_json(json.dumps(load_sealed(data, path)))
+    except ValidationError as error:
+        raise CacheError("bad-seal", path, found=error.errors()[0]["msg"]) from None
+    if (seal.fingerprint, seal.num_shards) != (manifest.fingerprint, manifest.blocks.num_shards):
+        raise CacheError("bad-seal", path, expected=f"the seal of cache {manifest.fingerprint[:12]}")
+    return seal
+
+
+def receipts_digest(cache: Path, manifest: Manifest) -> str:
+    """Digest over all receipts in shard order."""
+    parts = []
+    for shard in range(manifest.blocks.num_shards):
+        if read_receipt(cache, manifest, shard) is None:
+            raise unfinished(cache, manifest)
+        parts.append(receipt_path(cache, shard).read_bytes())
+    return sha256_hex(b"".join(parts))
+
+
+def committed_shards(cache: Path, manifest: Manifest) -> list[int]:
+    """Shards that have a receipt, ascending."""
+    return [s for s in range(manifest.blocks.num_shards) if receipt_path(cache, s).exists()]
+
+
+def unfinished(cache: Path, manifest: Manifest) -> CacheError:
+    """The error for a cache with shards missing."""
+    done = len(committed_shards(cache, manifest))
+    return CacheError(
+        "unfinished-cache",
+        cache,
+        expected=f"{manifest.blocks.num_shards} shards and a seal",
+        found=f"{done} shards",
+        hint="run the same cache-teacher command again to finish it",
+    )
