@@ -52,33 +52,37 @@ def commit_shard(cache: Path, manifest: Manifest, shard: int, arrays: Mapping[st
     first_block, num_blocks = manifest.blocks.shard_range(shard)
     assert set(arrays) == set(specs), (sorted(arrays), sorted(specs))
     assert all(len(rows) == num_blocks for rows in arrays.values())
-    files, temporaries = {}, {}
-    for name, spec in specs.items():
-        data = encode_shard(spec, arrays[name])
-        temporaries[name] = write_temporary(cache / spec.shard_path(shard), data)
-        files[name] = FileReceipt(num_bytes=len(data), sha256=sha256_hex(data))
-    receipt = Receipt(
-        fingerprint=manifest.fingerprint,
-        shard=shard,
-        first_block=first_block,
-        num_blocks=num_blocks,
-        tokens_sha256=tokens_digest(arrays["input_ids"]),
-        teacher_sha256=manifest.teacher.weights_sha256,
-        files=files,
-    )
-    sealed = write_temporary(receipt_path(cache, shard), seal_json(receipt.model_dump(mode="json")))
-    with writing(cache), FileLock(cache / PUBLISH_LOCK):
-        earlier = read_receipt(cache, manifest, shard)
-        if earlier is not None:
-            for temporary in [*temporaries.values(), sealed]:
-                temporary.unlink()
-            return earlier
+    files: dict[str, FileReceipt] = {}
+    temporaries: dict[str, Path] = {}
+    try:
         for name, spec in specs.items():
-            path = cache / spec.shard_path(shard)
-            # No receipt, and nobody else publishes while we hold the lock: a file here is a killed run's orphan.
-            path.unlink(missing_ok=True)
-            publish_new(temporaries[name], path)
-            sync_folder(path.parent)
-        publish_new(sealed, receipt_path(cache, shard))
-        sync_folder(cache / RECEIPTS_FOLDER)
+            data = encode_shard(spec, arrays[name])
+            temporaries[name] = write_temporary(cache / spec.shard_path(shard), data)
+            files[name] = FileReceipt(num_bytes=len(data), sha256=sha256_hex(data))
+        receipt = Receipt(
+            fingerprint=manifest.fingerprint,
+            shard=shard,
+            first_block=first_block,
+            num_blocks=num_blocks,
+            tokens_sha256=tokens_digest(arrays["input_ids"]),
+            teacher_sha256=manifest.teacher.weights_sha256,
+            files=files,
+        )
+        sealed = seal_json(receipt.model_dump(mode="json"))
+        temporaries[RECEIPTS_FOLDER] = write_temporary(receipt_path(cache, shard), sealed)
+        with writing(cache), FileLock(cache / PUBLISH_LOCK):
+            earlier = read_receipt(cache, manifest, shard)
+            if earlier is not None:
+                return earlier
+            for name, spec in specs.items():
+                path = cache / spec.shard_path(shard)
+                # No receipt, and nobody else publishes while we hold the lock: a file here is a killed run's orphan.
+                path.unlink(missing_ok=True)
+                publish_new(temporaries[name], path)
+                sync_folder(path.parent)
+            publish_new(temporaries[RECEIPTS_FOLDER], receipt_path(cache, shard))
+            sync_folder(cache / RECEIPTS_FOLDER)
+    finally:
+        for temporary in temporaries.values():
+            temporary.unlink(missing_ok=True)
     return receipt

@@ -31,9 +31,13 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def make_folder(path: Path) -> None:
-    """Create a folder and its parents, if they are not there."""
+    """Create a folder and its parents durably, if they are not there."""
     with writing(path):
-        path.mkdir(parents=True, exist_ok=True)
+        if not path.is_dir():
+            if path.parent != path:
+                make_folder(path.parent)
+            path.mkdir(exist_ok=True)
+            sync_folder(path.parent)
 
 
 def sync_folder(path: Path) -> None:
@@ -78,7 +82,10 @@ def replace_file(path: Path, data: bytes) -> None:
     """Write or overwrite a small file atomically and durably."""
     temporary = write_temporary(path, data)
     with writing(path):
-        os.replace(temporary, path)
+        try:
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
         sync_folder(path.parent)
 
 

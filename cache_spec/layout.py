@@ -8,6 +8,7 @@ Legend of axes: N blocks, T tokens in a block, K kept tokens, tau temperatures, 
 from __future__ import annotations
 
 import asyncio
+import math
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -18,6 +19,7 @@ from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.core.buffer import default_buffer_prototype
 from zarr.storage import MemoryStore
 
+from cache_spec.errors import CacheError
 from cache_spec.manifest import Manifest
 
 BLOSC_LEVEL = 3
@@ -49,7 +51,7 @@ class ArraySpec:
     @cached_property
     def chunk_bytes(self) -> int:
         """Size of one decoded inner chunk."""
-        return self.chunk_blocks * int(np.prod(self.row_shape, dtype=np.int64)) * self.dtype.itemsize
+        return self.chunk_blocks * math.prod(self.row_shape) * self.dtype.itemsize
 
     @property
     def chunks_in_shard(self) -> int:
@@ -61,7 +63,7 @@ class ArraySpec:
 
 
 def array_specs(manifest: Manifest) -> dict[str, ArraySpec]:
-    """Every array of the cache that ``manifest`` describes, by name."""
+    """Every array of the cache that ``manifest`` describes, by name; CacheError for a chunk beyond any memory."""
     blocks, encoding = manifest.blocks, manifest.encoding
     tokens, num_temperatures = blocks.block_tokens, len(manifest.temperatures)
     specs: dict[str, ArraySpec] = {}
@@ -141,6 +143,11 @@ def array_specs(manifest: Manifest) -> dict[str, ArraySpec]:
         )
     add("block_loss", (), (), np.float32, "shuffle", description="teacher's mean next-token loss", units="nat")
     add("block_entropy", (), (), np.float32, "shuffle", description="teacher's mean entropy", units="nat")
+    for spec in specs.values():
+        if spec.chunk_bytes > MAX_CHUNK_BYTES:
+            raise CacheError(
+                "bad-chunk", spec.name, expected=f"chunks of at most {MAX_CHUNK_BYTES} bytes", found=spec.chunk_bytes
+            )
     return specs
 
 

@@ -20,8 +20,8 @@ FORMAT = "kdpipe-cache"
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 
-# Small files and provenance may differ between library versions that write the same arrays.
-_NOT_CONTENT = {"files", "provenance"}
+# A teacher is its weights, wherever they lie; small files may differ between library versions; neither changes arrays.
+_NOT_CONTENT: dict[str, Any] = {"files": True, "provenance": True, "teacher": {"name", "revision"}}
 Sha256 = Field(pattern=r"^[0-9a-f]{64}$")
 
 
@@ -103,6 +103,8 @@ class BlocksInfo(_Record):
     """S: blocks in a shard; the last shard may hold fewer."""
     last_block: Literal["drop", "keep"]
     """What was done with the last partial block."""
+    limit_tokens: int | None = Field(ge=1)
+    """The corpus was cut after this many tokens; None if all of it was taken."""
 
     @property
     def num_shards(self) -> int:
@@ -216,7 +218,7 @@ class Manifest(_Record):
         version = body.get("format_version")
         if body.get("format") != FORMAT:
             raise CacheError("not-a-cache", place, expected=f"format {FORMAT}", found=body.get("format"))
-        if version != FORMAT_VERSION:
+        if type(version) is not int or version != FORMAT_VERSION:
             raise CacheError("unknown-version", place, expected=f"format_version {FORMAT_VERSION}", found=version)
         try:
             manifest = cls.model_validate_json(json.dumps(body))
@@ -226,6 +228,8 @@ class Manifest(_Record):
             raise CacheError("bad-manifest", f"{place}: {where or 'manifest'}", found=first["msg"]) from None
         if fingerprint != manifest.fingerprint:
             raise CacheError("fingerprint-mismatch", place, expected=manifest.fingerprint, found=fingerprint)
+        if manifest.to_json() != data:
+            raise CacheError("bad-manifest", place, expected="numbers in their canonical form")
         return manifest
 
 
@@ -238,13 +242,15 @@ def load_sealed(data: bytes, place: object) -> dict[str, Any]:
     """The object of a sealed JSON file, without its digest; any changed byte is refused."""
     try:
         body = json.loads(data)
-    except ValueError as error:
+        if not isinstance(body, dict) or "digest" not in body:
+            raise CacheError("broken-json", place, expected="an object with a digest")
+        same_bytes = data == canonical_json(body)
+        digest = body.pop("digest")
+        found = sha256_hex(canonical_json(body))
+    except (ValueError, RecursionError) as error:
+        # Python also parses what JSON does not have, or what has no canonical form: NaN, half characters, 1e400.
         raise CacheError("broken-json", place, found=str(error)) from None
-    if not isinstance(body, dict) or "digest" not in body:
-        raise CacheError("broken-json", place, expected="an object with a digest")
-    digest = body.pop("digest")
-    found = sha256_hex(canonical_json(body))
-    if digest != found or data != canonical_json({**body, "digest": digest}):
+    if digest != found or not same_bytes:
         raise CacheError("digest-mismatch", place, expected=digest, found=found)
     return body
 

@@ -69,6 +69,15 @@ class ShardFile:
         offset, size = self._ranges[chunk].tolist()
         decode_chunk(self.spec, os.pread(self._handle, size, offset), out, f"{self.path} chunk {chunk}")
 
+    def read_rows(self, num_rows: int) -> Array:
+        """The first ``num_rows`` rows of the shard, shape [num_rows, *row_shape]."""
+        size = self.spec.chunk_blocks
+        num_chunks = -(-num_rows // size)
+        rows = np.empty((num_chunks * size, *self.spec.row_shape), self.spec.dtype)
+        for chunk in range(num_chunks):
+            self.read_chunk(chunk, rows[chunk * size : (chunk + 1) * size])
+        return rows[:num_rows]
+
 
 class CacheReader:
     """Random access to the blocks of a finished cache; safe to share between threads."""
@@ -123,7 +132,8 @@ class CacheReader:
         log_normaliser, log_tail_mass = (
             self.read(name, blocks)[:, at].astype(np.float32) for name in ("log_normaliser", "log_tail_mass")
         )
-        if not np.isfinite(log_normaliser).all() or np.isnan(log_tail_mass).any():
+        # NaN compares false, so this refuses it too; -inf is an empty tail.
+        if not (np.isfinite(log_normaliser).all() and (log_tail_mass < np.inf).all()):
             raise CacheError("non-finite", f"{self.path} log_normaliser or log_tail_mass")
         return TargetBatch(
             input_ids_BT=self._ids("input_ids", blocks),

@@ -77,6 +77,8 @@ def read_receipt(cache: Path, manifest: Manifest, shard: int) -> Receipt | None:
         data = path.read_bytes()
     except FileNotFoundError:
         return None
+    except OSError as error:
+        raise CacheError("broken-json", path, found=error.strerror) from None
     try:
         receipt = Receipt.model_validate_json(json.dumps(load_sealed(data, path)))
     except ValidationError as error:
@@ -103,6 +105,8 @@ def read_seal(cache: Path, manifest: Manifest) -> Seal | None:
         data = path.read_bytes()
     except FileNotFoundError:
         return None
+    except OSError as error:
+        raise CacheError("broken-json", path, found=error.strerror) from None
     try:
         seal = Seal.model_validate_json(json.dumps(load_sealed(data, path)))
     except ValidationError as error:

@@ -28,4 +28,4 @@ def decode_gaps(gaps_BKT: Array, step_nats: float, place: object = "head_gaps") 
     steps = np.cumsum(gaps_BKT, axis=-2, dtype=np.uint32)
     if steps.size and steps[..., -1, :].max() > MAX_STEPS:
         raise CacheError("gap-overflow", place, expected=f"gaps summing to at most {MAX_STEPS}", found=steps.max())
-    return np.ascontiguousarray(steps.swapaxes(-1, -2)) * np.float32(-step_nats)
+    return steps.swapaxes(-1, -2).astype(np.float32, order="C") * np.float32(-step_nats)

@@ -9,6 +9,7 @@ Legend of axes: B blocks, T tokens, K kept.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ import numpy as np
 from cache_spec.commit import tokens_digest
 from cache_spec.durable import TEMPORARY_PREFIX
 from cache_spec.errors import CacheError
-from cache_spec.layout import array_specs
+from cache_spec.layout import array_specs, zarr_metadata
 from cache_spec.manifest import MANIFEST_NAME, Manifest, sha256_hex
 from cache_spec.reader import ShardFile
 from cache_spec.receipts import (
@@ -65,7 +66,7 @@ class Problems(list[Problem]):
             self.append(Problem(error.kind, error.place, error.expected, error.found))
 
 
-def verify_cache(cache: Path, on_shard: Callable[[int], None] = lambda shard: None) -> list[Problem]:
+def verify_cache(cache: Path, on_shard: Callable[[int], object] = lambda shard: None) -> list[Problem]:
     """All problems of a cache; an empty list means that it is finished and whole.
 
     Every byte of every file is read: digests first, then the meaning of each array. ``on_shard`` is called after
@@ -75,9 +76,10 @@ def verify_cache(cache: Path, on_shard: Callable[[int], None] = lambda shard: No
     with problems.collecting():
         manifest = read_manifest(cache)
         problems += _small_file_problems(cache, manifest)
+        problems += _metadata_problems(cache, manifest)
         problems += _stray_files(cache, manifest)
         tokens = hashlib.sha256()
-        num_readable = 0
+        num_readable = num_tokens = 0
         for shard in range(manifest.blocks.num_shards):
             with problems.collecting():
                 receipt = read_receipt(cache, manifest, shard)
@@ -86,11 +88,15 @@ def verify_cache(cache: Path, on_shard: Callable[[int], None] = lambda shard: No
                     problems += unreadable
                     problems += _meaning_problems(manifest, receipt, arrays, cache)
                     if "input_ids" in arrays:
-                        num_readable += 1
+                        num_readable += "block_lengths" in arrays
+                        num_tokens += int(arrays.get("block_lengths", np.zeros(1)).sum())
                         tokens.update(np.ascontiguousarray(arrays["input_ids"], dtype="<u4").tobytes())
             on_shard(shard)
         if num_readable == manifest.blocks.num_shards and tokens.hexdigest() != manifest.corpus.tokens_sha256:
             problems.append(Problem("corpus-mismatch", str(cache), manifest.corpus.tokens_sha256, tokens.hexdigest()))
+        if num_readable == manifest.blocks.num_shards and num_tokens != manifest.corpus.num_tokens:
+            expected, found = f"{manifest.corpus.num_tokens} tokens", f"{num_tokens} in block_lengths"
+            problems.append(Problem("corpus-mismatch", str(cache), expected, found))
         seal = read_seal(cache, manifest)
         if seal is None:
             raise unfinished(cache, manifest)
@@ -115,6 +121,26 @@ def _small_file_problems(cache: Path, manifest: Manifest) -> Iterator[Problem]:
             yield Problem("file-mismatch", str(path), expected, digest)
 
 
+def _metadata_problems(cache: Path, manifest: Manifest) -> Iterator[Problem]:
+    """Metadata must say what the manifest implies: a stock reader believes it, whatever its digest."""
+    for name, data in sorted(zarr_metadata(manifest).items()):
+        path = cache / name
+        if name not in manifest.files:
+            yield Problem("missing-file", str(path), "listed in the manifest", None)
+            continue
+        try:
+            content = path.read_bytes()
+            if path.is_symlink() or sha256_hex(content) != manifest.files[name]:
+                continue  # reported with the other small files
+            same = json.loads(content) == json.loads(data)
+        except OSError:
+            continue  # reported as missing
+        except (ValueError, RecursionError):
+            same = False
+        if not same:
+            yield Problem("file-mismatch", str(path), "the metadata that the manifest implies", "other metadata")
+
+
 def _is_inside(name: str) -> bool:
     path = PurePosixPath(name)
     return not path.is_absolute() and ".." not in path.parts and "\\" not in name
@@ -137,22 +163,15 @@ def _stray_files(cache: Path, manifest: Manifest) -> Iterator[Problem]:
 def _read_shard(cache: Path, manifest: Manifest, receipt: Receipt) -> tuple[dict[str, Array], list[Problem]]:
     """Every array of a shard whose file is whole, and the problems of those that are not."""
     arrays: dict[str, Array] = {}
-    problems: list[Problem] = []
+    problems = Problems()
     for name, spec in array_specs(manifest).items():
         path = cache / spec.shard_path(receipt.shard)
-        try:
+        with problems.collecting():
             file = ShardFile(cache, spec, receipt)
             digest = sha256_hex(path.read_bytes())
             if digest != receipt.files[name].sha256:
                 raise CacheError("shard-digest", path, expected=receipt.files[name].sha256, found=digest)
-            num_chunks = -(-receipt.num_blocks // spec.chunk_blocks)
-            rows = np.empty((num_chunks * spec.chunk_blocks, *spec.row_shape), spec.dtype)
-            for chunk in range(num_chunks):
-                file.read_chunk(chunk, rows[chunk * spec.chunk_blocks : (chunk + 1) * spec.chunk_blocks])
-        except CacheError as error:
-            problems.append(Problem(error.kind, error.place, error.expected, error.found))
-        else:
-            arrays[name] = rows[: receipt.num_blocks]
+            arrays[name] = file.read_rows(receipt.num_blocks)
     return arrays, problems
 
 
@@ -177,6 +196,10 @@ def _meaning_problems(manifest: Manifest, receipt: Receipt, arrays: dict[str, Ar
         lengths = arrays["block_lengths"]
         if not 1 <= lengths.min() <= lengths.max() <= manifest.blocks.block_tokens:
             yield problem("bad-length", "block_lengths", f"1 to {manifest.blocks.block_tokens}", lengths.tolist())
+        is_last = receipt.first_block + receipt.num_blocks == manifest.blocks.num_blocks
+        whole = lengths[:-1] if is_last and manifest.blocks.last_block == "keep" else lengths
+        if (whole < manifest.blocks.block_tokens).any():
+            yield problem("bad-length", "block_lengths", "full blocks but for a kept last one", lengths.tolist())
     for name in ("log_normaliser", "hidden", "block_loss", "block_entropy"):
         if name in arrays and not np.isfinite(arrays[name]).all():
             yield problem("non-finite", name, "finite values", "NaN or infinity")

@@ -98,7 +98,11 @@ def make_manifest(
             tokens_sha256=tokens_sha256,
         ),
         blocks=BlocksInfo(
-            num_blocks=num_blocks, block_tokens=block_tokens, shard_blocks=shard_blocks, last_block="drop"
+            num_blocks=num_blocks,
+            block_tokens=block_tokens,
+            shard_blocks=shard_blocks,
+            last_block="drop",
+            limit_tokens=None,
         ),
         encoding=EncodingInfo(name="topk", k=k, step_nats=DEFAULT_STEP_NATS),
         temperatures=temperatures,

@@ -1,0 +1,308 @@
+"""Documents to blocks: tokenised, joined by EOS, packed densely, and staged on disk as one flat file of ids.
+
+In: a corpus and a tokenizer. Out: ``blocks-KEY.bin``, the ids of all blocks one after another (little-endian), and
+``blocks-KEY.json``, which is written last: ids without it do not count. A run that finds both goes on from there.
+
+B blocks in a batch, T tokens a block.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import secrets
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from cache_spec.durable import TEMPORARY_PREFIX, make_folder, replace_file, sync_folder, writing
+from cache_spec.errors import BadInputError
+from pipeline.corpus import PIECE_CHARS, Corpus
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger("kdpipe")
+
+BATCH_CHARS = 4 * PIECE_CHARS
+BATCH_PIECES = 256
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StagedBlocks:
+    """The packed blocks of a corpus on disk; opens nothing until it is read, so it travels between processes."""
+
+    path: Path
+    """The file of ids."""
+    key: str
+    """Digest of everything that decides the ids."""
+    num_blocks: int
+    """N"""
+    block_tokens: int
+    """T"""
+    last_block_tokens: int
+    """Real tokens in the last block; T unless it is a kept partial one, which is padded with EOS."""
+    num_documents: int
+    """Documents with at least one token in the blocks."""
+    num_tokens: int
+    """Real tokens in the blocks, document ends included, padding not."""
+    tokens_sha256: str
+    """SHA-256 over every id of every block as little-endian uint32, whatever dtype they are stored in."""
+    dtype: str
+    """Little-endian dtype of the stored ids: ``<u2`` or ``<u4``."""
+
+    def read(self, first: int, count: int) -> NDArray[np.unsignedinteger[Any]]:
+        """Blocks ``first`` to ``first + count - 1`` as a fresh array [count, T] of uint16 or uint32."""
+        assert 0 <= first <= first + count <= self.num_blocks, (first, count, self.num_blocks)
+        dtype = np.dtype(self.dtype)
+        num_ids = count * self.block_tokens
+        try:
+            offset = first * self.block_tokens * dtype.itemsize
+            ids = np.fromfile(self.path, dtype=dtype, count=num_ids, offset=offset)
+        except OSError as error:
+            raise BadInputError("cannot-read", self.path, found=error.strerror) from error
+        if ids.size != num_ids:
+            raise BadInputError("broken-file", self.path, expected=f"{num_ids} ids", found=f"{ids.size}")
+        return ids.reshape(count, self.block_tokens)
+
+    def lengths(self, first: int, count: int) -> NDArray[np.uint32]:
+        """Real tokens of blocks ``first`` to ``first + count - 1`` as an array [count] of uint32."""
+        assert 0 <= first <= first + count <= self.num_blocks, (first, count, self.num_blocks)
+        lengths_B = np.full(count, self.block_tokens, dtype=np.uint32)
+        if count and first + count == self.num_blocks:
+            lengths_B[-1] = self.last_block_tokens
+        return lengths_B
+
+
+def stage_blocks(
+    corpus: Corpus,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    folder: Path,
+    block_tokens: int,
+    eos_token_id: int,
+    vocab_size: int,
+    limit_tokens: int | None = None,
+    last_block: Literal["drop", "keep"] = "drop",
+    key: str,
+    quiet: bool = False,
+) -> StagedBlocks:
+    """Pack the corpus into blocks of ``block_tokens`` ids on disk, or open them where an earlier run finished this.
+
+    The stream is every document's tokens and one EOS after each; ``limit_tokens`` takes exactly its first tokens.
+    The last partial block is dropped, or kept and padded with EOS. ``key`` must change with everything that
+    decides the ids. One process at a time may stage into ``folder``: leftovers of killed runs are removed.
+    Raises ``vocabulary-mismatch`` for an id outside [0, vocab_size), ``too-little-text``, ``cannot-write``.
+    """
+    for name, value in (("block_tokens", block_tokens), ("limit_tokens", limit_tokens)):
+        if value is not None and value < 1:
+            raise BadInputError("bad-setting", name, expected="at least 1", found=value)
+    if not 0 <= eos_token_id < vocab_size:
+        raise _vocabulary_mismatch("the EOS token", eos_token_id, vocab_size)
+    make_folder(folder)
+    ids_path, facts_path = _paths(folder, key)
+    with writing(folder):
+        for leftover in folder.glob(f"{TEMPORARY_PREFIX}blocks-*"):
+            leftover.unlink()
+    staged = _open(folder, key)
+    dtype = "<u2" if vocab_size <= 1 << 16 else "<u4"
+    if staged and (staged.block_tokens, staged.dtype) == (block_tokens, dtype):
+        logger.info("blocks: reusing %d blocks of %d tokens", staged.num_blocks, staged.block_tokens)
+        return staged
+    with writing(facts_path):
+        # The facts go first, so that they never stand beside ids that they do not describe.
+        facts_path.unlink(missing_ok=True)
+        ids_path.unlink(missing_ok=True)
+
+    # disable=None: silent where nobody looks, such as a log file.
+    bar = tqdm(total=limit_tokens, desc="tokens", unit="tok", unit_scale=True, disable=True if quiet else None)
+    with bar, _BlockFile(ids_path, block_tokens, dtype) as file:
+        for ids, starts in _token_stream(corpus, tokenizer, eos_token_id, vocab_size):
+            taken = ids if limit_tokens is None else ids[: limit_tokens - file.num_seen]
+            file.add(taken, starts)
+            bar.update(len(taken))
+            if file.num_seen == limit_tokens:
+                break
+        staged = file.finish(key, eos_token_id, last_block)
+    replace_file(facts_path, (json.dumps(_facts(staged), indent=1) + "\n").encode())
+    return staged
+
+
+def open_staged(folder: Path, key: str) -> StagedBlocks:
+    """Open blocks that ``stage_blocks`` finished in ``folder``; raises ``missing-blocks``."""
+    staged = _open(folder, key)
+    if staged is None:
+        raise BadInputError("missing-blocks", _paths(folder, key)[0], expected="blocks that were staged before")
+    return staged
+
+
+def _open(folder: Path, key: str) -> StagedBlocks | None:
+    ids_path, facts_path = _paths(folder, key)
+    try:
+        facts = json.loads(facts_path.read_bytes())
+        staged = StagedBlocks(path=ids_path, **facts)
+        num_bytes = staged.num_blocks * staged.block_tokens * np.dtype(staged.dtype).itemsize
+        whole = staged.key == key and ids_path.stat().st_size == num_bytes
+    except (OSError, ValueError, TypeError):
+        return None
+    return staged if whole else None
+
+
+def _paths(folder: Path, key: str) -> tuple[Path, Path]:
+    return folder / f"blocks-{key[:16]}.bin", folder / f"blocks-{key[:16]}.json"
+
+
+def _facts(staged: StagedBlocks) -> dict[str, object]:
+    return {name: value for name, value in asdict(staged).items() if name != "path"}
+
+
+class _BlockFile:
+    """Ids on their way to disk: takes any number at a time, writes whole blocks, and counts what it wrote."""
+
+    def __init__(self, path: Path, block_tokens: int, dtype: str) -> None:
+        self.path = path
+        self.block_tokens = block_tokens
+        self.dtype = np.dtype(dtype)
+        self.temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}-{os.getpid()}-{secrets.token_hex(4)}")
+        self.digest = hashlib.sha256()
+        self.pending = np.empty(0, dtype=np.int64)
+        self.starts: deque[int] = deque()
+        self.num_seen = self.num_written = self.num_documents = 0
+
+    def __enter__(self) -> _BlockFile:
+        with writing(self.path):
+            self.file = open(self.temporary, "xb")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        # After a failed write, closing flushes and fails once more; the first error is the one to show.
+        with suppress(OSError):
+            self.file.close()
+        with suppress(OSError):
+            self.temporary.unlink(missing_ok=True)
+
+    def add(self, ids: NDArray[np.int64], starts: Iterable[int]) -> None:
+        """Append ids; ``starts`` are the places among them where documents start."""
+        self.starts.extend(self.num_seen + start for start in starts)
+        self.num_seen += len(ids)
+        self.pending = np.concatenate([self.pending, ids])
+        num_whole = len(self.pending) // self.block_tokens * self.block_tokens
+        self._write(self.pending[:num_whole], num_whole)
+        self.pending = self.pending[num_whole:]
+
+    def _write(self, ids: NDArray[np.int64], num_real: int) -> None:
+        with writing(self.path):
+            self.file.write(ids.astype(self.dtype).tobytes())
+        self.digest.update(ids.astype("<u4").tobytes())
+        self.num_written += num_real
+        while self.starts and self.starts[0] < self.num_written:
+            self.starts.popleft()
+            self.num_documents += 1
+
+    def finish(self, key: str, eos_token_id: int, last_block: Literal["drop", "keep"]) -> StagedBlocks:
+        """Deal with the last partial block and give the file its name, durably."""
+        block_tokens, num_left = self.block_tokens, len(self.pending)
+        if last_block == "keep" and num_left:
+            padding = np.full(block_tokens - num_left, eos_token_id, dtype=np.int64)
+            self._write(np.concatenate([self.pending, padding]), num_left)
+            logger.info("blocks: kept the last block with %d of %d tokens, padded with EOS", num_left, block_tokens)
+        elif num_left and self.num_written:
+            logger.info("blocks: dropped the last %d tokens, less than a block of %d", num_left, block_tokens)
+        if not self.num_written:
+            hint = "give more text, keep the last partial block with --last-block keep, or make blocks shorter"
+            expected = f"at least one block of {block_tokens} tokens"
+            raise BadInputError(
+                "too-little-text", "the corpus", expected=expected, found=f"{num_left} tokens", hint=hint
+            )
+        with writing(self.path):
+            self.file.flush()
+            os.fsync(self.file.fileno())
+            os.replace(self.temporary, self.path)
+            sync_folder(self.path.parent)
+        num_blocks = -(-self.num_written // block_tokens)
+        logger.info("blocks: %d of %d tokens, %d documents", num_blocks, block_tokens, self.num_documents)
+        return StagedBlocks(
+            path=self.path,
+            key=key,
+            num_blocks=num_blocks,
+            block_tokens=block_tokens,
+            last_block_tokens=self.num_written - (num_blocks - 1) * block_tokens,
+            num_documents=self.num_documents,
+            num_tokens=self.num_written,
+            tokens_sha256=self.digest.hexdigest(),
+            dtype=self.dtype.str,
+        )
+
+
+Tokens = tuple[NDArray[np.int64], list[int]]
+"""Ids, and the places among them where documents start."""
+
+
+def _token_stream(
+    corpus: Corpus, tokenizer: PreTrainedTokenizerBase, eos_token_id: int, vocab_size: int
+) -> Iterator[Tokens]:
+    for batch in _batches(corpus.documents()):
+        # verbose=False: blocks are cut from the ids, so their number before that says nothing about the model.
+        encoded: Any = tokenizer(
+            [piece for piece, _, _ in batch],
+            add_special_tokens=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )["input_ids"]
+        parts: list[list[int]] = []
+        starts: list[int] = []
+        num_ids = 0
+        for (_, is_first, is_last), ids in zip(batch, encoded, strict=True):
+            if is_first:
+                starts.append(num_ids)
+            parts.append([*ids, eos_token_id] if is_last else ids)
+            num_ids += len(parts[-1])
+        flat = np.fromiter(chain.from_iterable(parts), dtype=np.int64, count=num_ids)
+        outside = flat[(flat < 0) | (flat >= vocab_size)]
+        if outside.size:
+            raise _vocabulary_mismatch("the tokenizer", int(outside[0]), vocab_size)
+        yield flat, starts
+
+
+def _batches(documents: Iterable[Iterable[str]]) -> Iterator[list[tuple[str, bool, bool]]]:
+    """Batches of (piece, is the document's first, is its last), bounded in pieces and in characters."""
+    batch: list[tuple[str, bool, bool]] = []
+    num_chars = 0
+    for piece in chain.from_iterable(map(_marked, documents)):
+        batch.append(piece)
+        num_chars += len(piece[0])
+        if num_chars >= BATCH_CHARS or len(batch) >= BATCH_PIECES:
+            yield batch
+            batch, num_chars = [], 0
+    if batch:
+        yield batch
+
+
+def _marked(document: Iterable[str]) -> Iterator[tuple[str, bool, bool]]:
+    iterator = iter(document)
+    piece, is_first = next(iterator), True
+    for following in iterator:
+        yield piece, is_first, False
+        piece, is_first = following, False
+    yield piece, is_first, True
+
+
+def _vocabulary_mismatch(place: str, token_id: int, vocab_size: int) -> BadInputError:
+    return BadInputError(
+        "vocabulary-mismatch",
+        place,
+        expected=f"ids from 0 to {vocab_size - 1}, the teacher's vocabulary",
+        found=f"id {token_id}",
+        hint="use the tokenizer that the teacher was trained with",
+    )

@@ -1,0 +1,338 @@
+"""Text to cache: resolve, stage blocks, run the teacher shard by shard, seal.
+
+In: capture settings. Out: a finished cache folder. The state on disk is the truth: the same command run again, after
+whatever happened, commits the shards that are missing and ends with the same arrays.
+"""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import platform
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import filelock
+import numpy as np
+from tqdm import tqdm
+
+from cache_spec.commit import commit_shard, create_cache
+from cache_spec.durable import make_folder, remove_leftovers, replace_file, writing
+from cache_spec.errors import BadInputError, WouldLoseDataError
+from cache_spec.layout import array_specs
+from cache_spec.manifest import (
+    MANIFEST_NAME,
+    BlocksInfo,
+    ComputeInfo,
+    CorpusInfo,
+    EncodingInfo,
+    HiddenInfo,
+    Manifest,
+    TeacherInfo,
+    TokenizerInfo,
+    canonical_json,
+    differences,
+    sha256_hex,
+)
+from cache_spec.receipts import SEAL_NAME, committed_shards, read_manifest, read_receipt, write_seal
+from cache_spec.shardfile import Array
+from cache_spec.topk import DEFAULT_STEP_NATS
+from pipeline.blocks import StagedBlocks, stage_blocks
+from pipeline.config import CaptureConfig
+from pipeline.corpus import Corpus, resolve
+from pipeline.targets import encode_batch
+from pipeline.teacher import (
+    Teacher,
+    TeacherFiles,
+    check_block_tokens,
+    describe_teacher,
+    load_teacher,
+    load_tokenizer,
+    pick_device,
+    pick_dtype,
+    resolve_teacher,
+    save_teacher_description,
+)
+
+logger = logging.getLogger("kdpipe")
+
+LOCK_NAME = ".lock"
+STAGING_NAME = ".staging"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Everything a capture starts from, before any text is tokenised."""
+
+    config: CaptureConfig
+    files: TeacherFiles
+    teacher: TeacherInfo
+    tokenizer: TokenizerInfo
+    corpus: Corpus
+    compute: ComputeInfo
+
+
+def resolve_source(config: CaptureConfig) -> Source:
+    """Find and check teacher and text; nothing is written and no weights are loaded."""
+    files = resolve_teacher(config.teacher, revision=config.revision, gguf_file=config.gguf_file)
+    teacher, tokenizer = describe_teacher(files)
+    check_block_tokens(teacher, config.block_tokens)
+    if config.k > teacher.vocab_size:
+        raise BadInputError("k-too-large", f"k {config.k}", expected=f"at most the vocabulary of {teacher.vocab_size}")
+    device = pick_device(config.device)
+    dtype = str(pick_dtype(config.dtype, device)).removeprefix("torch.")
+    return Source(
+        config=config,
+        files=files,
+        teacher=teacher,
+        tokenizer=tokenizer,
+        corpus=resolve(config.text, text_field=config.text_field, split=config.split),
+        compute=ComputeInfo(device_type=device.type, dtype=dtype, batch_blocks=config.batch_blocks),
+    )
+
+
+def capture(config: CaptureConfig, *, quiet: bool = False) -> dict[str, Any]:
+    """Make, or finish, the cache that ``config`` describes; returns its summary.
+
+    Raises WouldLoseDataError if the folder holds another cache, other settings, or a capture that is running.
+    """
+    source = resolve_source(config)
+    with exclusive(config.out):
+        existing = read_manifest(config.out) if (config.out / MANIFEST_NAME).exists() else None
+        if existing is not None:
+            refuse_differences(existing, source)
+            if (config.out / SEAL_NAME).exists():
+                logger.info("%s is finished already: %d blocks", config.out, existing.blocks.num_blocks)
+                return summary(config.out, existing, captured=0)
+        remove_leftovers(config.out)
+        staged = _stage(source, quiet)
+        manifest = _staged_manifest(source, staged)
+        if existing is None:
+            manifest = create_cache(
+                config.out, manifest.model_copy(update={"files": _describe(source.files, config.out)})
+            )
+        elif existing.fingerprint != manifest.fingerprint:
+            # The sources' digests are the same, so the tokenizer's library changed its mind.
+            raise WouldLoseDataError("tokens-changed", config.out, found="; ".join(differences(existing, manifest)))
+        todo = sorted(set(range(manifest.blocks.num_shards)) - set(committed_shards(config.out, manifest)))
+        _run(source, manifest, staged, todo, quiet)
+        write_seal(config.out, manifest)
+        shutil.rmtree(config.out / STAGING_NAME, ignore_errors=True)
+        return summary(config.out, manifest, captured=len(todo))
+
+
+@contextmanager
+def exclusive(out: Path) -> Iterator[None]:
+    """Hold the cache folder for this process; refuse a folder in use, or one that holds something else."""
+    if out.exists() and not out.is_dir():
+        raise WouldLoseDataError("not-a-folder", out)
+    foreign = [p.name for p in out.iterdir() if not p.name.startswith(".")] if out.exists() else []
+    # A capture killed before its manifest leaves only what it writes before it.
+    if foreign and MANIFEST_NAME not in foreign and not (out / STAGING_NAME).exists():
+        raise WouldLoseDataError("not-a-cache", out, expected="an empty folder or a cache", found=sorted(foreign)[0])
+    make_folder(out)
+    lock = filelock.FileLock(out / LOCK_NAME)
+    try:
+        with writing(out):
+            lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise WouldLoseDataError(
+            "cache-in-use", out, hint="another process is writing it; wait for it, or stop it"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def refuse_differences(existing: Manifest, source: Source) -> None:
+    """Refuse to go on in a cache made with settings that would change its bytes."""
+    # The text is not tokenised yet: equal sources and settings give equal tokens, so the old counts stand in.
+    corpus = existing.corpus.model_copy(update={"sources": source.corpus.sources})
+    found = differences(existing, _manifest(source, corpus, existing.blocks.num_blocks))
+    if found:
+        raise WouldLoseDataError(
+            "other-settings",
+            source.config.out,
+            found="; ".join(found),
+            hint="choose another --out, or the old settings",
+        )
+
+
+def _manifest(source: Source, corpus: CorpusInfo, num_blocks: int) -> Manifest:
+    config = source.config
+    return Manifest(
+        teacher=source.teacher,
+        tokenizer=source.tokenizer,
+        corpus=corpus.model_copy(update={"text_field": config.text_field}),
+        blocks=BlocksInfo(
+            num_blocks=num_blocks,
+            block_tokens=config.block_tokens,
+            shard_blocks=config.shard_blocks,
+            last_block=config.last_block,
+            limit_tokens=config.limit_tokens,
+        ),
+        encoding=EncodingInfo(name="topk", k=config.k, step_nats=DEFAULT_STEP_NATS),
+        temperatures=config.temperatures,
+        hidden=HiddenInfo(window=config.hidden_window) if config.hidden_window else None,
+        compute=source.compute,
+        files={},
+        provenance={
+            **{name: version(name) for name in ("kdpipe", "torch", "transformers", "tokenizers", "zarr", "numcodecs")},
+            "python": platform.python_version(),
+            "machine": f"{platform.system()} {platform.machine()}",
+            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        },
+    )
+
+
+def draft_manifest(source: Source, *, num_blocks: int) -> Manifest:
+    """A manifest for ``num_blocks`` full blocks of text that is not tokenised: right in everything but the corpus."""
+    num_tokens = num_blocks * source.config.block_tokens
+    corpus = CorpusInfo(
+        sources=(), text_field=source.config.text_field, num_documents=1, num_tokens=num_tokens, tokens_sha256="0" * 64
+    )
+    return _manifest(source, corpus, num_blocks)
+
+
+def _staged_manifest(source: Source, staged: StagedBlocks) -> Manifest:
+    corpus = CorpusInfo(
+        sources=source.corpus.sources,
+        text_field=source.config.text_field,
+        num_documents=staged.num_documents,
+        num_tokens=staged.num_tokens,
+        tokens_sha256=staged.tokens_sha256,
+    )
+    return _manifest(source, corpus, staged.num_blocks)
+
+
+def _describe(files: TeacherFiles, out: Path) -> dict[str, str]:
+    """Put the tokenizer and the teacher's configuration into the cache; returns path to digest of each file."""
+    folder = out / STAGING_NAME / "description"
+    shutil.rmtree(folder, ignore_errors=True)
+    make_folder(folder)
+    with writing(folder):
+        save_teacher_description(files, folder)
+    digests = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        name, data = path.relative_to(folder).as_posix(), path.read_bytes()
+        make_folder((out / name).parent)
+        replace_file(out / name, data)
+        digests[name] = sha256_hex(data)
+    return digests
+
+
+def _stage(source: Source, quiet: bool) -> StagedBlocks:
+    config = source.config
+    decides = {
+        "sources": [info.model_dump(mode="json") for info in source.corpus.sources],
+        "tokenizer": source.tokenizer.model_dump(mode="json"),
+        "settings": config.model_dump(
+            mode="json", include={"text_field", "split", "block_tokens", "last_block", "limit_tokens"}
+        ),
+        "vocab_size": source.teacher.vocab_size,
+    }
+    folder = config.out / STAGING_NAME
+    make_folder(folder)
+    return stage_blocks(
+        source.corpus,
+        load_tokenizer(source.files),
+        folder=folder,
+        block_tokens=config.block_tokens,
+        eos_token_id=source.tokenizer.eos_token_id,
+        vocab_size=source.teacher.vocab_size,
+        limit_tokens=config.limit_tokens,
+        last_block=config.last_block,
+        key=sha256_hex(canonical_json(decides)),
+        quiet=quiet,
+    )
+
+
+def _run(source: Source, manifest: Manifest, staged: StagedBlocks, todo: list[int], quiet: bool) -> None:
+    """Capture the shards of ``todo``, here or on workers, behind one progress bar in tokens."""
+    config, blocks = source.config, manifest.blocks
+    total = blocks.num_blocks * blocks.block_tokens
+    left = sum(blocks.shard_range(shard)[1] for shard in todo) * blocks.block_tokens
+    with tqdm(
+        total=total, initial=total - left, unit="tok", unit_scale=True, desc="teacher", disable=quiet or None
+    ) as bar:
+        if not todo:
+            return
+        if config.workers:
+            from pipeline.workers import capture_on_workers
+
+            capture_on_workers(source.files, config, manifest, staged, todo, bar.update)
+            return
+        teacher = load_teacher(source.files, device=config.device, dtype=config.dtype)
+        for shard in todo:
+            capture_shard(config.out, manifest, staged, teacher, shard, bar.update)
+
+
+def capture_shard(
+    cache: Path,
+    manifest: Manifest,
+    staged: StagedBlocks,
+    teacher: Teacher,
+    shard: int,
+    on_tokens: Callable[[int], object] = lambda tokens: None,
+) -> None:
+    """Run the teacher over one shard's blocks and commit it; does nothing if the shard is committed."""
+    if read_receipt(cache, manifest, shard) is not None:
+        return
+    first, count = manifest.blocks.shard_range(shard)
+    parts = []
+    for start in range(first, first + count, manifest.compute.batch_blocks):
+        num_blocks = min(manifest.compute.batch_blocks, first + count - start)
+        parts.append(encode_blocks(manifest, staged, teacher, start, num_blocks))
+        on_tokens(num_blocks * manifest.blocks.block_tokens)
+    rows = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    commit_shard(cache, manifest, shard, rows)
+
+
+def encode_blocks(
+    manifest: Manifest, staged: StagedBlocks, teacher: Teacher, first: int, num_blocks: int
+) -> dict[str, Array]:
+    """All arrays of ``num_blocks`` blocks from ``first`` on, computed in the one static batch shape of the cache."""
+    ids_BT = staged.read(first, num_blocks)
+    lengths_B = staged.lengths(first, num_blocks)
+    missing = manifest.compute.batch_blocks - num_blocks
+    if missing:
+        # A smaller batch could round differently; repeating a block keeps the shape, and is cut off again.
+        ids_BT = np.concatenate([ids_BT, np.repeat(ids_BT[-1:], missing, axis=0)])
+        lengths_B = np.concatenate([lengths_B, np.repeat(lengths_B[-1:], missing)])
+    arrays = encode_batch(
+        teacher,
+        ids_BT,
+        lengths_B,
+        k=manifest.encoding.k,
+        step_nats=manifest.encoding.step_nats,
+        temperatures=manifest.temperatures,
+        window=manifest.hidden.window if manifest.hidden else None,
+        first_block=first,
+    )
+    return {name: rows[:num_blocks] for name, rows in arrays.items()}
+
+
+def summary(cache: Path, manifest: Manifest, *, captured: int) -> dict[str, Any]:
+    """What a finished capture says for itself."""
+    bytes_on_disk = sum(
+        (cache / spec.shard_path(shard)).stat().st_size
+        for spec in array_specs(manifest).values()
+        for shard in range(manifest.blocks.num_shards)
+    )
+    return {
+        "cache": str(cache),
+        "fingerprint": manifest.fingerprint,
+        "documents": manifest.corpus.num_documents,
+        "tokens": manifest.corpus.num_tokens,
+        "blocks": manifest.blocks.num_blocks,
+        "shards": manifest.blocks.num_shards,
+        "shards_captured_now": captured,
+        "bytes": bytes_on_disk,
+        "bytes_per_token": round(bytes_on_disk / manifest.corpus.num_tokens, 2),
+    }

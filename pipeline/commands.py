@@ -1,0 +1,117 @@
+"""The commands of ``kdpipe``: flags to settings, settings to a body that is imported only when it runs.
+
+In: checked settings from ``pipeline.cli``. Out: the body's result, printed for people or as one JSON object. This is
+the place where capture and training meet; the layers below do not know each other.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from cache_spec.errors import EXIT_BAD_INPUT
+from pipeline.cli import emit, settings
+from pipeline.config import CaptureConfig
+from train.config import TrainConfig
+from train.evaluate_config import EvaluateConfig
+
+as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object and no progress bars.")
+dry_run = click.option("--dry-run", is_flag=True, help="Say what would be done and what it would cost; write nothing.")
+cache_argument = click.argument("cache", type=click.Path(path_type=Path))
+
+
+@click.command("cache-teacher")
+@settings(CaptureConfig, "cache-teacher")
+@dry_run
+@as_json
+def cache_teacher(config: CaptureConfig, dry_run: bool, as_json: bool) -> None:
+    """Run a teacher once over text and keep what students need.
+
+    Run the same command again to go on after an interruption.
+    """
+    if dry_run:
+        from pipeline.estimate import describe_estimate, estimate
+
+        facts = estimate(config)
+        emit(as_json, facts, describe_estimate(facts))
+        return
+    from pipeline.capture import capture
+
+    result = capture(config, quiet=as_json)
+    emit(
+        as_json,
+        result,
+        [
+            f"{result['cache']}: {result['tokens']:,} tokens in {result['shards']:,} shards, {result['bytes']:,} bytes,"
+            f" {result['bytes_per_token']:.2f} bytes/token"
+        ],
+    )
+
+
+@click.command()
+@cache_argument
+@as_json
+def verify(cache: Path, as_json: bool) -> int:
+    """Report every problem of a cache.
+
+    Reads every byte; exits with 3 if anything is wrong.
+    """
+    from tqdm import tqdm
+
+    from cache_spec.validate import verify_cache
+
+    with tqdm(unit="shard", desc="verify", disable=as_json or None) as bar:
+        problems = verify_cache(cache, lambda shard: bar.update())
+    facts: dict[str, Any] = {"cache": str(cache), "problems": [problem._asdict() for problem in problems]}
+    emit(as_json, facts, [*map(str, problems), f"{cache}: {len(problems)} problem(s)"])
+    return EXIT_BAD_INPUT if problems else 0
+
+
+@click.command("inspect")
+@cache_argument
+@as_json
+def inspect(cache: Path, as_json: bool) -> None:
+    """Show what is in a cache and what it costs."""
+    from pipeline.inspect import describe, inspect_cache
+
+    facts = inspect_cache(cache)
+    emit(as_json, facts, describe(facts))
+
+
+@click.command("train-student")
+@settings(TrainConfig, "train-student")
+@dry_run
+@as_json
+def train_student(config: TrainConfig, dry_run: bool, as_json: bool) -> None:
+    """Train a student from a cache, without the teacher.
+
+    Run the same command again to go on after an interruption.
+    """
+    from train.loop import plan, train
+
+    result = plan(config) if dry_run else train(config, quiet=as_json)
+    emit(as_json, result, [f"{name:<24}{value}" for name, value in result.items()])
+
+
+@click.command()
+@settings(EvaluateConfig, "evaluate")
+@as_json
+def evaluate(config: EvaluateConfig, as_json: bool) -> None:
+    """Measure models on text and against a cache."""
+    from train.evaluate import evaluate_models, table
+
+    rows = evaluate_models(config, quiet=as_json)
+    emit(as_json, {"models": rows}, table(rows))
+
+
+@click.command()
+@click.option("--out", type=click.Path(path_type=Path), default=Path("demo-out"), show_default=True, help="Folder.")
+@as_json
+def demo(out: Path, as_json: bool) -> None:
+    """Run the whole pipeline offline on an embedded teacher and text."""
+    from pipeline.demo import run_demo
+
+    facts, lines = run_demo(out, quiet=as_json)
+    emit(as_json, facts, lines)

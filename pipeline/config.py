@@ -1,0 +1,66 @@
+"""Settings of ``kdpipe cache-teacher``: each is a flag, a recipe key and a line of help at once.
+
+In: values from flags and recipes. Out: one frozen, checked object.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class CaptureConfig(BaseModel):
+    """What to run the teacher on, and what to keep of it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    teacher: str
+    """Causal language model: a local folder or a hub name."""
+    text: tuple[str, ...] = Field(min_length=1)
+    """Text: file (.jsonl, .parquet, .txt, each also .gz or .zst), folder, glob, hub data set, or python-docs:train."""
+    out: Path
+    """Folder of the cache."""
+    revision: str | None = None
+    """Revision of the teacher's hub repository."""
+    gguf_file: str | None = None
+    """GGUF file inside the teacher's folder or repository."""
+    text_field: str = "text"
+    """Field or column that holds the text."""
+    split: str = "train"
+    """Split of a hub data set."""
+    block_tokens: int = Field(default=1024, ge=2)
+    """Tokens in a block."""
+    last_block: Literal["drop", "keep"] = "drop"
+    """What to do with the last partial block; keep pads it with the end-of-text token."""
+    limit_tokens: int | None = Field(default=None, ge=1)
+    """Stop after this many tokens of the corpus."""
+    k: int = Field(default=32, ge=1)
+    """Tokens kept in each head."""
+    temperatures: tuple[float, ...] = (1.0, 2.0)
+    """Temperatures that students may be trained at, ascending."""
+    hidden_window: int = Field(default=32, ge=0)
+    """Tokens averaged into one stored hidden state; 1 keeps each, 0 keeps none."""
+    batch_blocks: int = Field(default=4, ge=1)
+    """Blocks in one forward pass of the teacher."""
+    shard_blocks: int = Field(default=256, ge=1)
+    """Blocks in a shard: the unit that is committed at once."""
+    device: str = "auto"
+    """Device of the teacher: auto, cpu, cuda, cuda:N or mps."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type the teacher computes in; auto is bfloat16 on CUDA, float32 elsewhere."""
+    workers: int = Field(default=0, ge=0)
+    """Worker processes on this machine; 0 runs in this process."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if not self.temperatures or list(self.temperatures) != sorted(set(self.temperatures)):
+            raise ValueError("temperatures must be distinct and ascending, at least one")
+        if not all(0 < t < float("inf") for t in self.temperatures):
+            raise ValueError("temperatures must be positive")
+        if self.hidden_window and self.block_tokens % self.hidden_window:
+            raise ValueError(f"hidden_window {self.hidden_window} does not divide block_tokens {self.block_tokens}")
+        if self.limit_tokens is not None and self.last_block == "drop" and self.limit_tokens < self.block_tokens:
+            raise ValueError(f"limit_tokens {self.limit_tokens} is less than one block of {self.block_tokens}")
+        return self

@@ -1,0 +1,440 @@
+"""Text to documents: local files, folders, globs, the built-in Python documentation, and hub data sets.
+
+In: what the user names as text. Out: a ``Corpus``: the digests of its sources, and a stream of documents, each a
+stream of text pieces. Memory depends on the longest record of a file, never on the number of records or files;
+plain text files, which are one document each, are read piece by piece whatever their size.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import io
+import json
+import logging
+import re
+import shutil
+import tempfile
+from codecs import BOM_UTF8, getincrementaldecoder
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property, partial
+from itertools import chain, takewhile
+from pathlib import Path, PurePath
+from typing import IO, TYPE_CHECKING, Any, cast
+
+from cache_spec.errors import BadInputError
+from cache_spec.manifest import SourceInfo
+
+if TYPE_CHECKING:
+    from pipeline.demo_text import Split
+
+logger = logging.getLogger("kdpipe")
+
+PIECE_CHARS = 1 << 16
+READ_BYTES = 1 << 16
+CODECS = {".gz": "gzip", ".zst": "zstd"}
+HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", re.ASCII)
+PYTHON_DOCS = "python-docs"
+
+Record = tuple[str, Iterable[str] | None]
+"""Where a document lies, for messages; and its text in chunks of any size, or None where the field is null."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """One file or data set: how to digest it and how to read it, each from its start at every call."""
+
+    info: Callable[[], SourceInfo]
+    records: Callable[[], Iterator[Record]]
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Text that was found and can be read as often as needed."""
+
+    origins: tuple[Source, ...]
+
+    @cached_property
+    def sources(self) -> tuple[SourceInfo, ...]:
+        """Name, size and SHA-256 of each source; reads every local file once, at the first use."""
+        return tuple(origin.info() for origin in self.origins)
+
+    def documents(self) -> Iterator[Iterable[str]]:
+        """Stream the documents, each as pieces that ``pieces`` cut; blank and null ones are skipped and logged.
+
+        Read one document's pieces before asking for the next. Raises ``BadInputError`` for text that cannot be
+        read, and ``no-text`` where nothing but white space was found.
+        """
+        num_documents = num_blank = num_null = 0
+        for origin in self.origins:
+            for _, text in origin.records():
+                if text is None:
+                    num_null += 1
+                elif (document := _unless_blank(pieces(text))) is None:
+                    num_blank += 1
+                else:
+                    num_documents += 1
+                    yield document
+        skipped = f"{num_blank} documents of only white space and {num_null} without text"
+        if num_blank or num_null:
+            logger.info("text: %d documents; skipped %s", num_documents, skipped)
+        if not num_documents:
+            raise BadInputError("no-text", "the corpus", expected="at least one document", found=skipped)
+
+
+def resolve(texts: Sequence[str], *, text_field: str = "text", split: str = "train") -> Corpus:
+    """Find each text without reading it; only a name that is no path, and may be a hub name, is looked up online.
+
+    A text is a file (.jsonl, .json with one object a line, .parquet, .txt; each also .gz or .zst), a folder, a
+    glob, a folder of ``Dataset.save_to_disk``, ``python-docs:train``, ``python-docs:heldout``, or a hub data set
+    as ``name`` or ``name:config``. Raises ``unknown-text``, ``unsupported-text`` or ``no-text``.
+    """
+    origins = tuple(origin for text in texts for origin in _find(text, text_field, split))
+    if not origins:
+        raise BadInputError("no-text", "the corpus", expected="at least one text", found="none")
+    return Corpus(origins)
+
+
+def pieces(chunks: Iterable[str], max_chars: int = PIECE_CHARS) -> Iterator[str]:
+    """Re-cut a document's text into pieces of at most ``max_chars`` that join to the same text.
+
+    A cut lies before a single space between two visible characters; where a window has none, after a single newline
+    between two. Byte-level BPE with the pre-tokenisers of GPT-2, Llama 3, Qwen and their relatives splits at exactly
+    these places, so the pieces' tokens are the whole text's. A window with neither, a tokenizer that puts a mark
+    before every text, or one that merges across words, may change a few tokens at a cut.
+    """
+    held = ""
+    for chunk in chunks:
+        held += chunk
+        start = 0
+        while len(held) - start > max_chars:
+            end = _last_cut(held, start, start + max_chars)
+            yield held[start:end]
+            start = end
+        held = held[start:]
+    if held:
+        yield held
+
+
+def _last_cut(text: str, start: int, end: int) -> int:
+    for mark, num_before in ((" ", 0), ("\n", 1)):
+        at = text.rfind(mark, start + 1, end)
+        while at > start:
+            if not (text[at - 1].isspace() or text[at + 1].isspace()):
+                return at + num_before
+            at = text.rfind(mark, start + 1, at)
+    return end
+
+
+def _unless_blank(document: Iterator[str]) -> Iterable[str] | None:
+    leading: list[str] = []
+    for piece in document:
+        leading.append(piece)
+        if not piece.isspace():
+            return chain(leading, document)
+    return None
+
+
+def _find(text: str, text_field: str, split: str) -> Iterator[Source]:
+    path = Path(text)
+    if text.partition(":")[0] == PYTHON_DOCS and not path.exists():
+        yield _python_docs(text)
+    elif path.is_dir():
+        yield from _folder(path, text_field, split)
+    elif path.exists():
+        yield _file(path, path.name, text_field)
+    elif glob.has_magic(text):
+        yield from _matches(text, text_field)
+    elif HUB_NAME.fullmatch(text) and not _reader(path):
+        yield _hub(text, text_field, split)
+    else:
+        raise _unknown(text, "no such file or folder")
+
+
+def _unknown(text: str, found: str) -> BadInputError:
+    hint = "give a file, folder, glob, python-docs:train, or the name of a data set that can be fetched"
+    return BadInputError("unknown-text", text, found=found, hint=hint)
+
+
+def _reader(path: PurePath) -> Callable[[Path, str], Iterator[Record]] | None:
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in CODECS:
+        suffixes.pop()
+    return READERS.get(suffixes[-1]) if suffixes else None
+
+
+def _file(path: Path, name: str, text_field: str) -> Source:
+    reader = _reader(path)
+    if reader is None:
+        expected = "one of " + ", ".join(READERS) + ", each also .gz or .zst"
+        raise BadInputError("unsupported-text", path, expected=expected, found=path.suffix or "no suffix")
+    if path.is_file() and not path.stat().st_size:
+        raise BadInputError("no-text", path, found="an empty file")
+    return Source(info=partial(_file_info, path, name), records=partial(reader, path, text_field))
+
+
+def _folder(folder: Path, text_field: str, split: str) -> Iterator[Source]:
+    if (folder / "dataset_dict.json").is_file():
+        if not (folder / split / "state.json").is_file():
+            splits = ", ".join(sorted(path.parent.name for path in folder.glob("*/state.json")))
+            raise BadInputError("unknown-text", folder, expected=f"a split {split!r}", found=splits or "no split")
+        folder = folder / split
+    if (folder / "state.json").is_file():
+        records = partial(_saved_rows, folder, text_field)
+        yield Source(info=partial(_saved_info, folder), records=records)
+        return
+    files = [path for path in sorted(folder.rglob("*")) if _is_text(path, path.relative_to(folder))]
+    num_empty = 0
+    for path in files:
+        if path.stat().st_size:
+            yield _file(path, path.relative_to(folder).as_posix(), text_field)
+        else:
+            num_empty += 1
+    if num_empty == len(files):
+        found = f"{num_empty} empty files" if files else "no text file"
+        raise BadInputError("no-text", folder, expected="files " + ", ".join(READERS), found=found)
+    if num_empty:
+        logger.info("text: skipped %d empty files in %s", num_empty, folder)
+
+
+def _is_text(path: Path, name: PurePath) -> bool:
+    return not any(part.startswith(".") for part in name.parts) and path.is_file() and _reader(path) is not None
+
+
+def _matches(pattern: str, text_field: str) -> Iterator[Source]:
+    paths = [Path(match) for match in sorted(glob.glob(pattern, recursive=True)) if not Path(match).is_dir()]
+    if not paths:
+        raise BadInputError("no-text", pattern, expected="at least one matching file", found="none")
+    root = Path(*takewhile(lambda part: not glob.has_magic(part), Path(pattern).parent.parts))
+    for path in paths:
+        yield _file(path, path.relative_to(root).as_posix(), text_field)
+
+
+def _file_info(path: Path, name: str) -> SourceInfo:
+    with _opened(path, plain=True) as file:
+        digest = hashlib.file_digest(file, "sha256")
+        return SourceInfo(name=name, num_bytes=file.tell(), sha256=digest.hexdigest())
+
+
+def _saved_info(folder: Path) -> SourceInfo:
+    digest, num_bytes = hashlib.sha256(), 0
+    for path in sorted(folder.iterdir()):
+        if path.suffix == ".arrow" or path.name == "state.json":
+            info = _file_info(path, path.name)
+            digest.update(f"{info.name}\0{info.sha256}\n".encode())
+            num_bytes += info.num_bytes
+    return SourceInfo(name=folder.name, num_bytes=num_bytes, sha256=digest.hexdigest())
+
+
+@contextmanager
+def _opened(path: Path, *, plain: bool = False) -> Iterator[io.BufferedReader]:
+    """Open a file for its bytes, decompressed unless ``plain``; read errors become ours."""
+    codec = None if plain else CODECS.get(path.suffix.lower())
+    try:
+        if codec is None:
+            with path.open("rb") as file:
+                yield file
+        else:
+            # pyarrow says so where a compressed file ends too early; the zstandard package returns less in silence.
+            import pyarrow
+
+            with io.BufferedReader(pyarrow.input_stream(str(path), compression=codec), READ_BYTES) as stream:
+                yield stream
+    except OSError as error:
+        kind = "cannot-read" if error.errno else "broken-file"
+        raise BadInputError(kind, path, found=error.strerror or _first_line(error)) from error
+
+
+def _text_file(path: Path, text_field: str) -> Iterator[Record]:
+    yield str(path), _decoded(path)
+
+
+def _decoded(path: Path) -> Iterator[str]:
+    decoder = getincrementaldecoder("utf-8")()
+    with _opened(path) as file:
+        first = file.read(READ_BYTES)
+        position = len(BOM_UTF8) if first.startswith(BOM_UTF8) else 0
+        data = first[position:]
+        while True:
+            num_pending = len(decoder.getstate()[0])
+            try:
+                text = decoder.decode(data, final=not data)
+            except UnicodeDecodeError as error:
+                place = f"{path}, byte {position - num_pending + error.start}"
+                raise BadInputError("invalid-utf8", place, expected="UTF-8 text", found=error.reason) from None
+            if not data:
+                return
+            position += len(data)
+            yield text
+            data = file.read(READ_BYTES)
+
+
+def _json_lines(path: Path, text_field: str) -> Iterator[Record]:
+    with _opened(path) as file:
+        for number, line in enumerate(file, 1):
+            data = line.removeprefix(BOM_UTF8) if number == 1 else line
+            if data.isspace():
+                continue
+            place = f"{path}, line {number}"
+            try:
+                row = json.loads(data.decode())
+            except UnicodeDecodeError as error:
+                found = f"{error.reason} at byte {error.start} of the line"
+                raise BadInputError("invalid-utf8", place, expected="UTF-8 text", found=found) from None
+            except (ValueError, RecursionError) as error:
+                raise BadInputError("broken-json", place, expected="one JSON object a line", found=error) from None
+            if not isinstance(row, dict):
+                found = type(row).__name__
+                raise BadInputError("bad-record", place, expected="one JSON object a line", found=found)
+            yield place, _field(row, text_field, place)
+
+
+def _parquet_rows(path: Path, text_field: str) -> Iterator[Record]:
+    import pyarrow
+    from pyarrow import parquet
+
+    place, number = str(path), 0
+    with _opened(path) as stream, _seekable(path, stream) as file:
+        try:
+            table = parquet.ParquetFile(file, buffer_size=READ_BYTES, pre_buffer=False)
+            if text_field not in table.schema_arrow.names:
+                raise _missing_field(place, text_field, table.schema_arrow.names)
+            for batch in table.iter_batches(batch_size=256, columns=[text_field]):
+                for value in batch.column(0):
+                    number += 1
+                    place = f"{path}, row {number}"
+                    yield place, _field({text_field: value.as_py()}, text_field, place)
+        except UnicodeDecodeError as error:
+            raise BadInputError("invalid-utf8", place, expected="UTF-8 text", found=error.reason) from None
+        except pyarrow.ArrowException as error:
+            raise BadInputError("broken-file", place, expected="Parquet", found=_first_line(error)) from None
+
+
+@contextmanager
+def _seekable(path: Path, stream: io.BufferedReader) -> Iterator[IO[bytes]]:
+    """The stream itself, or a temporary file where it is decompressed: Parquet keeps its directory at the end."""
+    if path.suffix.lower() not in CODECS:
+        yield stream
+        return
+    with tempfile.TemporaryFile() as spool:
+        shutil.copyfileobj(stream, spool)
+        yield spool
+
+
+READERS: Mapping[str, Callable[[Path, str], Iterator[Record]]] = {
+    ".jsonl": _json_lines,
+    ".json": _json_lines,
+    ".parquet": _parquet_rows,
+    ".txt": _text_file,
+}
+
+
+def _field(row: Mapping[str, object], text_field: str, place: str) -> tuple[str] | None:
+    if text_field not in row:
+        raise _missing_field(place, text_field, row)
+    value = row[text_field]
+    if value is None:
+        return None
+    if not isinstance(value, str):
+        expected = f"a string in field {text_field!r}"
+        raise BadInputError("wrong-field-type", place, expected=expected, found=type(value).__name__)
+    try:
+        if not value.isascii():
+            value.encode()
+    except UnicodeEncodeError as error:
+        found = f"half of a surrogate pair at character {error.start}"
+        raise BadInputError("invalid-utf8", place, expected="text that UTF-8 can hold", found=found) from None
+    return (value,)
+
+
+def _missing_field(place: str, text_field: str, names: Iterable[str]) -> BadInputError:
+    found = ", ".join(list(names)[:20]) or "no field"
+    return BadInputError("missing-field", place, expected=f"a field {text_field!r}", found=found[:400])
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _python_docs(text: str) -> Source:
+    split = text.partition(":")[2]
+    if split not in ("train", "heldout"):
+        raise _unknown(text, f"no such part of {PYTHON_DOCS}")
+    part = cast("Split", split)
+    return Source(info=partial(_python_docs_info, part), records=partial(_python_docs_records, part))
+
+
+def _python_docs_records(split: Split) -> Iterator[Record]:
+    from pipeline.demo_text import python_docs
+
+    for name, text in python_docs(split):
+        yield f"{PYTHON_DOCS}:{split}, {name}", (text,)
+
+
+def _python_docs_info(split: Split) -> SourceInfo:
+    digest, num_bytes = hashlib.sha256(), 0
+    for _, chunks in _python_docs_records(split):
+        data = "".join(chunks or ()).encode()
+        digest.update(data + b"\0")
+        num_bytes += len(data)
+    return SourceInfo(name=f"{PYTHON_DOCS}:{split}", num_bytes=num_bytes, sha256=digest.hexdigest())
+
+
+def _saved_rows(folder: Path, text_field: str) -> Iterator[Record]:
+    import datasets
+
+    try:
+        rows = datasets.load_from_disk(str(folder))
+    except Exception as error:
+        raise BadInputError("broken-file", folder, expected="a saved data set", found=_first_line(error)) from error
+    return _rows(rows, str(folder), text_field)
+
+
+def _hub(text: str, text_field: str, split: str) -> Source:
+    """A hub data set pinned to the commit that its name stands for now, or the local cache's copy when offline.
+
+    Its digest covers name, configuration, split and commit; its size in bytes is not known and stands as 0.
+    """
+    import datasets
+    from datasets.naming import camelcase_to_snakecase
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    name, _, config = text.partition(":")
+    try:
+        revision = HfApi().dataset_info(name, timeout=10).sha
+    except (RepositoryNotFoundError, ValueError) as error:
+        raise _unknown(text, "neither a file here nor a data set on the hub") from error
+    except Exception as error:  # which errors mean "not reachable" changes with the client's HTTP library
+        owner, slash, last = name.rpartition("/")
+        cached = Path(datasets.config.HF_DATASETS_CACHE) / f"{owner}{'___' * len(slash)}{camelcase_to_snakecase(last)}"
+        if not cached.is_dir():
+            raise _unknown(text, "no such file, and the hub cannot be reached") from error
+        revision = None
+    try:
+        # Streaming reads the hub and nothing else; a copy in the cache is on disk already.
+        streaming = revision is not None
+        rows = datasets.load_dataset(name, config or None, split=split, streaming=streaming, revision=revision)
+    except Exception as error:
+        raise _unknown(f"{text}, split {split}", _first_line(error)) from error
+    facts = f"{text}\n{split}\n{revision or rows._fingerprint}"
+    digest = hashlib.sha256(facts.encode()).hexdigest()
+    info = SourceInfo(name=f"{text}, split {split}", num_bytes=0, sha256=digest)
+    return Source(info=lambda: info, records=partial(_rows, rows, text, text_field))
+
+
+def _rows(rows: Any, name: str, text_field: str) -> Iterator[Record]:
+    iterator = iter(rows)
+    number = 0
+    while True:
+        number += 1
+        place = f"{name}, row {number}"
+        try:
+            row = next(iterator)
+        except StopIteration:
+            return
+        except Exception as error:  # a stream can fail in as many ways as there are formats and networks
+            raise BadInputError("cannot-read", place, found=_first_line(error)) from error
+        yield place, _field(row, text_field, place)

@@ -1,0 +1,108 @@
+"""``cache-teacher --dry-run``: what a capture would cost, measured on one batch, with nothing written.
+
+In: capture settings. Out: tokens, bytes and hours. The teacher runs on one batch of the real text, in the real
+shape, and the batch is encoded as a shard would be.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from cache_spec.errors import BadInputError
+from cache_spec.layout import array_specs
+from cache_spec.shardfile import encode_shard
+from pipeline.capture import Source, draft_manifest, resolve_source
+from pipeline.config import CaptureConfig
+from pipeline.targets import encode_batch
+from pipeline.teacher import load_teacher, load_tokenizer
+
+_SAMPLE_CHARS = 1 << 20
+_COUNTED_CHARS = 1 << 28
+
+
+def estimate(config: CaptureConfig) -> dict[str, Any]:
+    """Tokens, bytes per token, bytes and hours of a capture; tokens are a lower bound for text beyond 256 MiB."""
+    source = resolve_source(config)
+    sample_ids, num_tokens, certainty = _count_tokens(source)
+    batch_tokens = config.batch_blocks * config.block_tokens
+    if num_tokens < config.block_tokens and config.last_block == "drop":
+        raise BadInputError("too-little-text", "text", expected=f"{config.block_tokens} tokens", found=num_tokens)
+    ids_BT = np.resize(sample_ids, batch_tokens).reshape(config.batch_blocks, config.block_tokens)
+    lengths_B = np.full(config.batch_blocks, config.block_tokens, np.uint32)
+    teacher = load_teacher(source.files, device=config.device, dtype=config.dtype)
+    manifest = draft_manifest(source, num_blocks=config.batch_blocks)
+    start = time.perf_counter()
+    arrays = encode_batch(
+        teacher,
+        ids_BT.astype(manifest.id_dtype),
+        lengths_B,
+        k=config.k,
+        step_nats=manifest.encoding.step_nats,
+        temperatures=config.temperatures,
+        window=config.hidden_window or None,
+        first_block=0,
+    )
+    seconds = time.perf_counter() - start
+    specs = array_specs(manifest)
+    bytes_per_token = {
+        name: sum(len(encode_shard(spec, rows)) for rows in _shards(arrays[name], spec.shard_blocks)) / batch_tokens
+        for name, spec in specs.items()
+    }
+    tokens_per_s = batch_tokens / seconds * max(1, config.workers)
+    return {
+        "teacher": source.teacher.model_dump(mode="json"),
+        "compute": source.compute.model_dump(mode="json"),
+        "tokens": num_tokens,
+        "tokens_certainty": certainty,
+        "shards": -(-num_tokens // (config.block_tokens * config.shard_blocks)),
+        "bytes_per_token": sum(bytes_per_token.values()),
+        "bytes_per_token_by_array": bytes_per_token,
+        "bytes": round(num_tokens * sum(bytes_per_token.values())),
+        "tokens_per_s": tokens_per_s,
+        "hours": num_tokens / tokens_per_s / 3600,
+    }
+
+
+def describe_estimate(facts: dict[str, Any]) -> list[str]:
+    """Lines for people."""
+    return [
+        f"teacher   {facts['teacher']['name']}, {facts['teacher']['num_parameters']:,} parameters,"
+        f" {facts['compute']['dtype']} on {facts['compute']['device_type']}",
+        f"tokens    {facts['tokens']:,} ({facts['tokens_certainty']}) in {facts['shards']:,} shards",
+        f"size      {facts['bytes']:,} bytes, {facts['bytes_per_token']:.1f} bytes/token on one batch",
+        f"time      {facts['hours']:.2f} hours at {facts['tokens_per_s']:,.0f} tokens/s, timed on one batch",
+        "nothing was written",
+    ]
+
+
+def _count_tokens(source: Source) -> tuple[np.ndarray[Any, Any], int, str]:
+    """Ids of a sample, the number of tokens of the corpus, and how sure that number is."""
+    config, tokenizer = source.config, load_tokenizer(source.files)
+    ids: list[int] = []
+    sampled, counted = 0, 0
+    certainty = "estimated from the tokens per character of its first 1 MiB"
+    for document in source.corpus.documents():
+        for text in document:
+            counted += len(text)
+            if sampled < _SAMPLE_CHARS:
+                ids += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+                sampled += len(text)
+        if sampled < _SAMPLE_CHARS:
+            ids.append(source.tokenizer.eos_token_id)
+        if config.limit_tokens is not None and counted * len(ids) > config.limit_tokens * sampled * 1.1:
+            break
+        if counted > _COUNTED_CHARS:
+            certainty = "at least: only the first 256 MiB of text were counted"
+            break
+    num_tokens = round(counted * len(ids) / sampled)
+    if config.limit_tokens is not None and num_tokens >= config.limit_tokens:
+        num_tokens, certainty = config.limit_tokens, "the limit"
+    return np.asarray(ids), num_tokens, certainty
+
+
+def _shards(rows: np.ndarray[Any, Any], shard_blocks: int) -> Iterable[np.ndarray[Any, Any]]:
+    return (rows[first : first + shard_blocks] for first in range(0, len(rows), shard_blocks))

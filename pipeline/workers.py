@@ -1,0 +1,95 @@
+"""Capture on local dask workers: one task is one shard, and only names and counts travel.
+
+In: shards that are not committed. Out: committed shards, the same bytes that one process would have written. Workers
+read staged blocks and write shards themselves; the client keeps a bounded number of tasks in flight.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+
+import torch
+from dask.distributed import Client, LocalCluster, as_completed, get_worker
+
+from cache_spec.errors import KdpipeError
+from cache_spec.manifest import Manifest
+from pipeline.blocks import StagedBlocks
+from pipeline.capture import capture_shard
+from pipeline.config import CaptureConfig
+from pipeline.teacher import Teacher, TeacherFiles, load_teacher
+
+_IN_FLIGHT_PER_WORKER = 2
+
+# One teacher per worker process, loaded by the first task that needs it.
+_teachers: dict[str, Teacher] = {}
+
+
+def capture_on_workers(
+    files: TeacherFiles,
+    config: CaptureConfig,
+    manifest: Manifest,
+    staged: StagedBlocks,
+    todo: list[int],
+    on_tokens: Callable[[int], object],
+) -> None:
+    """Commit every shard of ``todo`` on ``config.workers`` processes; the first failure is raised after the rest."""
+    threads = max(1, (os.cpu_count() or 1) // config.workers)
+    failures: list[BaseException] = []
+    with (
+        LocalCluster(
+            n_workers=min(config.workers, len(todo)),
+            threads_per_worker=1,
+            processes=True,
+            host="127.0.0.1",
+            dashboard_address=None,
+            memory_limit=0,
+            silence_logs=logging.CRITICAL,
+        ) as cluster,
+        Client(cluster) as client,
+    ):
+        shards = iter(todo)
+
+        def submit(count: int) -> Iterator[object]:
+            for shard in islice(shards, count):
+                yield client.submit(
+                    _capture_task, files, config, manifest, staged, shard, threads, key=f"shard-{shard}", pure=False
+                )
+
+        running = as_completed(submit(_IN_FLIGHT_PER_WORKER * config.workers))
+        for future in running:
+            error = future.exception()
+            if error is None:
+                on_tokens(future.result())
+            else:
+                failures.append(error)
+            for next_future in submit(1):
+                running.add(next_future)
+    if failures:
+        first = failures[0]
+        if isinstance(first, KdpipeError):
+            raise first
+        raise KdpipeError("worker-failed", f"{len(failures)} of {len(todo)} shards", found=first) from first
+
+
+def _capture_task(
+    files: TeacherFiles, config: CaptureConfig, manifest: Manifest, staged: StagedBlocks, shard: int, threads: int
+) -> int:
+    """Runs on a worker: commit one shard, return its number of tokens."""
+    torch.set_num_threads(threads)
+    capture_shard(Path(config.out), manifest, staged, _teacher(files, config), shard)
+    return manifest.blocks.shard_range(shard)[1] * manifest.blocks.block_tokens
+
+
+def _teacher(files: TeacherFiles, config: CaptureConfig) -> Teacher:
+    key = f"{files.weights_sha256} {config.device} {config.dtype}"
+    if key not in _teachers:
+        device = config.device
+        if device in ("auto", "cuda") and torch.cuda.is_available():
+            # Worker names are 0, 1, 2, …: one GPU each, round robin. Not run on a GPU yet.
+            device = f"cuda:{int(get_worker().name) % torch.cuda.device_count()}"
+        _teachers[key] = load_teacher(files, device=device, dtype=config.dtype)
+    return _teachers[key]

@@ -1,0 +1,61 @@
+"""Tiny random models of several families, with a tokenizer of words ``w2 w3 …``, saved as a user's folder would be.
+
+In: a family and sizes. Out: a model, or a folder that ``from_pretrained`` opens.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+ROWS = 120
+"""Rows of each output head; a smaller tokenizer makes the rest padding."""
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": ROWS}
+LLAMA = {**SIZES, "intermediate_size": 48, "num_key_value_heads": 1, "max_position_embeddings": 64}
+TOKENS = {"bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 1}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64, "vocab_size": ROWS, **TOKENS},
+    "llama": {**LLAMA, **TOKENS, "tie_word_embeddings": False},
+    "gpt_neox": {**SIZES, **TOKENS, "intermediate_size": 48, "max_position_embeddings": 64},
+    "qwen2": {**LLAMA, **TOKENS, "tie_word_embeddings": True},
+}
+
+
+def make_tokenizer(vocab_size: int, eos: str | None = "<eos>") -> Any:
+    """A tokenizer whose word ``wN`` is token N; 0 is unknown, 1 ends a document."""
+    vocab = {"<unk>": 0, "<eos>": 1} | {f"w{i}": i for i in range(2, vocab_size)}
+    backend = Tokenizer(models.WordLevel(vocab=vocab, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token=eos)
+
+
+def make_model(family: str, **changes: Any) -> Any:
+    """A seeded random causal language model."""
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(family, **FAMILIES.get(family, LLAMA | TOKENS), **changes)
+    auto: Any = transformers.AutoModelForCausalLM
+    return auto.from_config(config)
+
+
+def make_folder(folder: Path, family: str = "gpt2", vocab_size: int = 100, spread: float = 1.0, **changes: Any) -> Path:
+    """A saved model with its tokenizer; ``spread`` scales every weight, for less uniform distributions."""
+    model = make_model(family, **changes)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(spread)
+    model.save_pretrained(folder)
+    make_tokenizer(vocab_size).save_pretrained(folder)
+    return folder
+
+
+def write_words(path: Path, *, num_documents: int = 12, words: int = 40, vocab_size: int = 100, seed: int = 0) -> Path:
+    """A JSON-lines file of random documents that the tokenizer reads word by word."""
+    rng = np.random.default_rng(seed)
+    lines = [" ".join(f"w{i}" for i in rng.integers(2, vocab_size, size=words)) for _ in range(num_documents)]
+    path.write_text("".join(f'{{"text": "{line}"}}\n' for line in lines))
+    return path

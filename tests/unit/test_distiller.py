@@ -1,0 +1,378 @@
+"""The distiller against a naive dense implementation through ``student(...).logits``, on tiny models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import (
+    BertConfig,
+    BertLMHeadModel,
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPT2Model,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from cache_spec.errors import BadInputError
+from train.distiller import (
+    DistilBatch,
+    Distiller,
+    DistilOutput,
+    LossWeights,
+    TermCounts,
+    check_student_head,
+    count_terms,
+    shift_labels,
+)
+from train.losses import TailTreatment
+
+BLOCKS, TIME, WINDOW, KEPT, WIDTH = 3, 12, 4, 5, 16
+VOCAB, PADDED = 97, 104
+ALL_TERMS = LossWeights(kl=0.6, ce=0.4, cosine=0.3, mse=0.2)
+SHAPE: dict[str, Any] = {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 2}
+LLAMA_SHAPE: dict[str, Any] = SHAPE | {"intermediate_size": 24, "num_key_value_heads": 1, "vocab_size": PADDED}
+LLAMA_SHAPE |= {"pad_token_id": None, "bos_token_id": 0, "eos_token_id": 1}
+
+
+def gpt2(*, tied: bool = True, width: int = WIDTH) -> PreTrainedModel:
+    sizes: dict[str, Any] = {"vocab_size": PADDED, "n_positions": 32, "n_embd": width, "n_layer": 2, "n_head": 2}
+    sizes |= {"bos_token_id": 0, "eos_token_id": 0}
+    return GPT2LMHeadModel(GPT2Config(**sizes, tie_word_embeddings=tied))
+
+
+def llama(*, tied: bool) -> PreTrainedModel:
+    return LlamaForCausalLM(LlamaConfig(**LLAMA_SHAPE, tie_word_embeddings=tied))
+
+
+def gpt_neox(*, tied: bool) -> PreTrainedModel:
+    sizes: dict[str, Any] = SHAPE | {"intermediate_size": 24, "vocab_size": PADDED, "max_position_embeddings": 32}
+    sizes |= {"bos_token_id": 0, "eos_token_id": 0}
+    return GPTNeoXForCausalLM(GPTNeoXConfig(**sizes, tie_word_embeddings=tied))
+
+
+def qwen2(*, tied: bool) -> PreTrainedModel:
+    return Qwen2ForCausalLM(Qwen2Config(**LLAMA_SHAPE, tie_word_embeddings=tied))
+
+
+def phi(*, tied: bool) -> PreTrainedModel:
+    return PhiForCausalLM(PhiConfig(**LLAMA_SHAPE | {"num_key_value_heads": 2}, tie_word_embeddings=tied))
+
+
+FAMILIES: list[Callable[..., PreTrainedModel]] = [gpt2, llama, gpt_neox, qwen2, phi]
+
+
+def make_batch(
+    *, temperature: float = 2.0, teacher_width: int = WIDTH, lengths: tuple[int, ...] = (12, 7, 1)
+) -> DistilBatch:
+    generator = torch.Generator().manual_seed(3)
+    teacher_BTV = (2 * torch.randn(BLOCKS, TIME, VOCAB, generator=generator, dtype=torch.float64)).log_softmax(dim=-1)
+    head_logprobs_BTK, head_ids_BTK = teacher_BTV.topk(KEPT, dim=-1)
+    tempered_BTV = (teacher_BTV / temperature).log_softmax(dim=-1)
+    return DistilBatch(
+        input_ids_BT=torch.randint(VOCAB, (BLOCKS, TIME), generator=generator),
+        lengths_B=torch.tensor(lengths),
+        head_ids_BTK=head_ids_BTK,
+        head_logprobs_BTK=head_logprobs_BTK,
+        log_normaliser_BT=(teacher_BTV / temperature).logsumexp(dim=-1),
+        log_tail_mass_BT=tempered_BTV.scatter(-1, head_ids_BTK, -torch.inf).logsumexp(dim=-1),
+        hidden_BWD=torch.randn(BLOCKS, TIME // WINDOW, teacher_width, generator=generator, dtype=torch.float64),
+    )
+
+
+def make_distiller(student: PreTrainedModel, **changed: Any) -> Distiller:
+    """In float64 and without dropout, to be compared exactly."""
+    settings: dict[str, Any] = {"teacher_width": WIDTH, "vocab_size": VOCAB, "weights": ALL_TERMS, "temperature": 2.0}
+    settings |= {"window": WINDOW, "chunk_rows": 5}
+    return Distiller(student, **settings | changed).double().eval()
+
+
+def naive(distiller: Distiller, batch: DistilBatch, counts: TermCounts) -> Tensor:
+    """The loss block by block, unpadded, with the student's own logits and plain loops over windows."""
+    sums = {name: torch.zeros((), dtype=torch.float64) for name in ("kl", "ce", "cosine", "mse")}
+    temperature, weights = distiller.temperature, distiller.weights
+    for b, length in enumerate(batch.lengths_B.tolist()):
+        ids_T = batch.input_ids_BT[b, :length]
+        output: Any = distiller.student(input_ids=ids_T[None], output_hidden_states=True)
+        logits_TV, hidden_TD = output.logits[0, :, :VOCAB], output.hidden_states[-1][0]
+        log_q_TV = (logits_TV / temperature).log_softmax(dim=-1)
+        for t in range(length):
+            head_ids_K = batch.head_ids_BTK[b, t]
+            log_p_K = batch.head_logprobs_BTK[b, t] / temperature - batch.log_normaliser_BT[b, t]
+            log_m = batch.log_tail_mass_BT[b, t]
+            if distiller.tail == "renormalise":
+                log_p_K = log_p_K - log_p_K.logsumexp(dim=0)
+            else:
+                outside_V = torch.ones(VOCAB, dtype=torch.bool).scatter(0, head_ids_K, False)
+                kl = log_m.exp() * (log_m - log_q_TV[t][outside_V].logsumexp(dim=0))
+                sums["kl"] = sums["kl"] + temperature**2 * kl
+            sums["kl"] = sums["kl"] + temperature**2 * (log_p_K.exp() * (log_p_K - log_q_TV[t, head_ids_K])).sum()
+        if length > 1:
+            sums["ce"] = sums["ce"] + F.cross_entropy(logits_TV[:-1], ids_T[1:], reduction="sum")
+        for w, states in enumerate(torch.split(hidden_TD, WINDOW)):
+            assert batch.hidden_BWD is not None
+            pooled_D, teacher_D = states.mean(dim=0), batch.hidden_BWD[b, w]
+            if distiller.projection is not None:
+                pooled_D = distiller.projection.weight @ pooled_D
+            sums["cosine"] = sums["cosine"] + 1 - pooled_D @ teacher_D / (pooled_D.norm() * teacher_D.norm())
+            sums["mse"] = sums["mse"] + ((pooled_D - teacher_D) ** 2).mean()
+    loss = weights.kl * sums["kl"] / counts.kl_tokens + weights.ce * sums["ce"] / counts.ce_tokens
+    hidden = weights.cosine * sums["cosine"] + weights.mse * sums["mse"]
+    return loss + hidden / counts.hidden_windows
+
+
+def gradients(distiller: Distiller, loss: Tensor) -> dict[str, Tensor]:
+    named = dict(distiller.named_parameters())
+    found = torch.autograd.grad(loss, list(named.values()), allow_unused=True, materialize_grads=True)
+    return dict(zip(named, found, strict=True))
+
+
+def assert_equals_naive(distiller: Distiller, batch: DistilBatch) -> None:
+    counts = count_terms(batch.lengths_B, WINDOW)
+    got: DistilOutput = distiller(batch, counts)
+    want = naive(distiller, batch, counts)
+    torch.testing.assert_close(got.loss, want, rtol=1e-10, atol=1e-10)
+    found, wanted = gradients(distiller, got.loss), gradients(distiller, want)
+    for name in wanted:
+        torch.testing.assert_close(found[name], wanted[name], rtol=1e-8, atol=1e-10, msg=name)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("tied", [True, False])
+def test_loss_and_gradients_equal_naive_dense_implementation(
+    family: Callable[..., PreTrainedModel], tied: bool
+) -> None:
+    torch.manual_seed(0)
+    student = family(tied=tied)
+    embeddings: Any = student.get_input_embeddings()
+    head: Any = student.get_output_embeddings()
+    assert (embeddings.weight is head.weight) == tied
+    assert_equals_naive(make_distiller(student), make_batch())
+
+
+@pytest.mark.parametrize("tail", ["bucket", "renormalise"])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_each_tail_and_temperature_equals_naive(tail: TailTreatment, temperature: float) -> None:
+    torch.manual_seed(0)
+    distiller = make_distiller(gpt2(), tail=tail, temperature=temperature)
+    assert_equals_naive(distiller, make_batch(temperature=temperature))
+
+
+@pytest.mark.parametrize("student_width", [8, 24])
+def test_projection_bridges_other_widths_and_is_trained(student_width: int) -> None:
+    torch.manual_seed(0)
+    distiller = make_distiller(gpt2(width=student_width))
+    assert distiller.projection is not None
+    assert tuple(distiller.projection.weight.shape) == (WIDTH, student_width)
+    assert distiller.projection.bias is None
+    assert_equals_naive(distiller, make_batch())
+    loss = distiller(make_batch(), count_terms(make_batch().lengths_B, WINDOW)).loss
+    assert gradients(distiller, loss)["projection.weight"].any()
+
+
+def test_projection_exists_only_for_a_hidden_loss_between_different_widths() -> None:
+    head_only = LossWeights(kl=1.0, ce=1.0)
+    assert make_distiller(gpt2()).projection is None
+    assert make_distiller(gpt2(width=8), weights=head_only).projection is None
+    assert make_distiller(gpt2(width=8), weights=LossWeights(kl=1.0, ce=1.0, mse=0.1)).projection is not None
+
+
+def test_micro_batches_with_global_counts_sum_to_one_big_batch() -> None:
+    torch.manual_seed(0)
+    distiller, batch = make_distiller(gpt2()), make_batch()
+    counts = count_terms(batch.lengths_B, WINDOW)
+    whole: DistilOutput = distiller(batch, counts)
+    parts: list[DistilOutput] = []
+    for b in range(BLOCKS):
+        assert batch.hidden_BWD is not None
+        part = DistilBatch(
+            input_ids_BT=batch.input_ids_BT[b : b + 1],
+            lengths_B=batch.lengths_B[b : b + 1],
+            head_ids_BTK=batch.head_ids_BTK[b : b + 1],
+            head_logprobs_BTK=batch.head_logprobs_BTK[b : b + 1],
+            log_normaliser_BT=batch.log_normaliser_BT[b : b + 1],
+            log_tail_mass_BT=batch.log_tail_mass_BT[b : b + 1],
+            hidden_BWD=batch.hidden_BWD[b : b + 1],
+        )
+        parts.append(distiller(part, counts))
+    for found, wanted in zip(zip(*parts, strict=True), whole, strict=True):
+        torch.testing.assert_close(torch.stack(found).sum(), wanted, rtol=1e-10, atol=1e-12)
+    summed = gradients(distiller, torch.stack([part.loss for part in parts]).sum())
+    for name, wanted in gradients(distiller, whole.loss).items():
+        torch.testing.assert_close(summed[name], wanted, rtol=1e-8, atol=1e-12)
+
+
+def test_loss_is_the_weighted_sum_of_the_logged_terms() -> None:
+    torch.manual_seed(0)
+    batch = make_batch()
+    counts = count_terms(batch.lengths_B, WINDOW)
+    got: DistilOutput = make_distiller(gpt2())(batch, counts)
+    assert not any(term.requires_grad for term in got[1:])
+    loss = 0.6 * got.kl_sum / counts.kl_tokens + 0.4 * got.ce_sum / counts.ce_tokens
+    loss = loss + (0.3 * got.cosine_sum + 0.2 * got.mse_sum) / counts.hidden_windows
+    torch.testing.assert_close(got.loss.detach(), loss)
+
+
+def test_what_padding_holds_changes_nothing() -> None:
+    torch.manual_seed(0)
+    distiller, batch = make_distiller(gpt2()), make_batch()
+    counts = count_terms(batch.lengths_B, WINDOW)
+    _, real_BT = shift_labels(batch.input_ids_BT, batch.lengths_B)
+    other = replace(
+        batch,
+        input_ids_BT=torch.where(real_BT, batch.input_ids_BT, 0),
+        head_logprobs_BTK=torch.where(real_BT[:, :, None], batch.head_logprobs_BTK, torch.nan),
+        log_tail_mass_BT=torch.where(real_BT, batch.log_tail_mass_BT, torch.nan),
+    )
+    assert torch.equal(distiller(batch, counts).loss, distiller(other, counts).loss)
+
+
+def test_block_of_one_token_has_no_label_and_stays_finite() -> None:
+    torch.manual_seed(0)
+    batch = make_batch(lengths=(1, 1, 1))
+    counts = count_terms(batch.lengths_B, WINDOW)
+    assert counts == TermCounts(kl_tokens=3, ce_tokens=0, hidden_windows=3)
+    got: DistilOutput = make_distiller(gpt2())(batch, counts)
+    assert torch.isfinite(got.loss)
+    assert float(got.ce_sum) == 0
+
+
+def test_every_parameter_gets_a_gradient_when_only_a_hidden_loss_has_weight() -> None:
+    torch.manual_seed(0)
+    distiller, batch = make_distiller(llama(tied=False), weights=LossWeights(kl=0.0, ce=0.0, cosine=1.0)), make_batch()
+    distiller(batch, count_terms(batch.lengths_B, WINDOW)).loss.backward()
+    assert all(parameter.grad is not None for parameter in distiller.parameters())
+
+
+def test_bf16_autocast_is_close_to_float32_and_gives_float32_gradients() -> None:
+    torch.manual_seed(0)
+    distiller, batch = make_distiller(llama(tied=True)).float(), make_batch()
+    counts = count_terms(batch.lengths_B, WINDOW)
+    exact: DistilOutput = distiller(batch, counts)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed: DistilOutput = distiller(batch, counts)
+    torch.testing.assert_close(mixed.loss, exact.loss, rtol=1e-2, atol=0.0)
+    assert mixed.loss.dtype == torch.float32
+    assert all(g.dtype == torch.float32 for g in gradients(distiller, mixed.loss).values())
+
+
+def test_shift_pairs_each_position_with_the_next_real_token() -> None:
+    input_ids_BT = torch.tensor([[10, 11, 12, 13], [20, 21, 0, 0], [30, 0, 0, 0]])
+    labels_BT, kl_mask_BT = shift_labels(input_ids_BT, torch.tensor([4, 2, 1]))
+    assert labels_BT.tolist() == [[11, 12, 13, -100], [21, -100, -100, -100], [-100] * 4]
+    assert kl_mask_BT.int().tolist() == [[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("window", [1, 4, 12])
+def test_counts_agree_with_masks(window: int) -> None:
+    batch = make_batch()
+    labels_BT, kl_mask_BT = shift_labels(batch.input_ids_BT, batch.lengths_B)
+    counts = count_terms(batch.lengths_B, window)
+    assert counts.kl_tokens == int(kl_mask_BT.sum())
+    assert counts.ce_tokens == int((labels_BT != -100).sum())
+    assert counts.hidden_windows == int(kl_mask_BT.view(BLOCKS, -1, window).any(dim=-1).sum())
+
+
+def test_batch_moves_with_and_without_hidden_states() -> None:
+    batch = make_batch()
+    moved = batch.to("meta")
+    assert moved.hidden_BWD is not None
+    assert {moved.input_ids_BT.device.type, moved.head_ids_BTK.device.type, moved.hidden_BWD.device.type} == {"meta"}
+    assert replace(batch, hidden_BWD=None).to("cpu").hidden_BWD is None
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_linear_heads_are_accepted_and_the_student_is_left_as_it_was(
+    family: Callable[..., PreTrainedModel], dtype: torch.dtype
+) -> None:
+    student = family(tied=True)
+    for parameter in student.parameters():
+        parameter.data = parameter.data.to(dtype)
+    ids = torch.arange(5)[None]
+    student.train().base_model.train(False)
+    before = {name: module.training for name, module in student.named_modules()}
+    logits = student(input_ids=ids).logits
+    check_student_head(student)
+    assert {name: module.training for name, module in student.named_modules()} == before
+    assert torch.equal(student(input_ids=ids).logits, logits)
+
+
+def gemma2() -> PreTrainedModel:
+    return Gemma2ForCausalLM(Gemma2Config(**LLAMA_SHAPE | {"pad_token_id": 0}, head_dim=8))
+
+
+def cohere() -> PreTrainedModel:
+    return CohereForCausalLM(CohereConfig(**LLAMA_SHAPE, logit_scale=0.0625))
+
+
+def granite() -> PreTrainedModel:
+    return GraniteForCausalLM(GraniteConfig(**LLAMA_SHAPE, logits_scaling=8.0))
+
+
+def bert() -> PreTrainedModel:
+    return BertLMHeadModel(BertConfig(**SHAPE, intermediate_size=24, vocab_size=PADDED, is_decoder=True))
+
+
+@pytest.mark.parametrize("family", [gemma2, cohere, granite, bert])
+def test_head_that_is_more_than_linear_is_refused(family: Callable[[], PreTrainedModel]) -> None:
+    torch.manual_seed(0)
+    with pytest.raises(BadInputError) as caught:
+        check_student_head(family())
+    assert caught.value.kind == "unsupported-head"
+
+
+def test_gemma2_without_soft_capping_is_accepted() -> None:
+    config = Gemma2Config(**LLAMA_SHAPE | {"pad_token_id": 0}, head_dim=8, final_logit_softcapping=None)
+    check_student_head(Gemma2ForCausalLM(config))
+
+
+def test_model_without_output_head_is_refused() -> None:
+    body = GPT2Model(GPT2Config(vocab_size=PADDED, n_embd=8, n_layer=1, n_head=1, n_positions=32))
+    for refused in (lambda: check_student_head(body), lambda: make_distiller(body)):
+        with pytest.raises(BadInputError) as caught:
+            refused()
+        assert caught.value.kind == "unsupported-head"
+
+
+@pytest.mark.parametrize(
+    ("changed", "kind"),
+    [
+        ({"vocab_size": PADDED + 1}, "student-vocabulary"),
+        ({"window": None}, "no-hidden-states"),
+    ],
+)
+def test_student_or_weights_that_do_not_fit_the_cache_are_refused(changed: dict[str, Any], kind: str) -> None:
+    with pytest.raises(BadInputError) as caught:
+        make_distiller(gpt2(), **changed)
+    assert caught.value.kind == kind
+
+
+@pytest.mark.parametrize(
+    ("hidden_BWD", "kind"),
+    [(None, "no-hidden-states"), (torch.zeros(BLOCKS, TIME // WINDOW, WIDTH + 1), "bad-shape")],
+)
+def test_batch_whose_hidden_states_do_not_fit_is_refused(hidden_BWD: Tensor | None, kind: str) -> None:
+    batch = replace(make_batch(), hidden_BWD=hidden_BWD)
+    with pytest.raises(BadInputError) as caught:
+        make_distiller(gpt2())(batch, count_terms(batch.lengths_B, WINDOW))
+    assert caught.value.kind == kind

@@ -1,0 +1,69 @@
+"""The order of blocks: pinned for ever, different where it must be, mixed within a window and local across windows."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from train.order import EpochOrder, keyed_permutation
+
+PINNED = [7, 5, 12, 6, 15, 4, 13, 14, 10, 21, 8, 11, 9, 20, 3, 16, 2, 19, 1, 18, 17, 0]
+
+
+def order(**changes: object) -> EpochOrder:
+    settings: dict[str, object] = {
+        "num_blocks": 22,
+        "shard_blocks": 4,
+        "window_shards": 2,
+        "seed": 0,
+        "epoch": 0,
+        "fingerprint": "abc",
+    }
+    return EpochOrder(**(settings | changes))  # type: ignore[arg-type]
+
+
+def test_order_is_the_same_on_every_machine_for_ever() -> None:
+    assert order().indices(0, 22).tolist() == PINNED
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"epoch": 1}, {"fingerprint": "abd"}])
+def test_order_differs_between_seeds_epochs_and_caches(change: dict[str, object]) -> None:
+    usual, other = order(num_blocks=500).indices(0, 500), order(num_blocks=500, **change).indices(0, 500)
+    assert np.mean(usual == other) < 0.05
+
+
+def test_blocks_of_a_window_come_from_its_shards_only() -> None:
+    shards = order(num_blocks=80, window_shards=4).indices(0, 80) // 4
+    for start in range(0, 80, 16):
+        assert len(set(shards[start : start + 16].tolist())) == 4
+
+
+def test_a_batch_mixes_shards_of_its_window() -> None:
+    shards = order(num_blocks=640, shard_blocks=64, window_shards=10).indices(0, 64) // 64
+    assert len(set(shards.tolist())) > 5
+
+
+def test_a_stretch_touches_only_its_window() -> None:
+    huge = order(num_blocks=10**9, shard_blocks=10**6, window_shards=1)
+    assert len(huge.indices(5 * 10**8, 4)) == 4
+
+
+@pytest.mark.parametrize(("start", "count"), [(-1, 1), (0, -1), (20, 3), (23, 0)])
+def test_a_stretch_outside_the_epoch_is_refused(start: int, count: int) -> None:
+    with pytest.raises(ValueError, match="outside"):
+        order().indices(start, count)
+
+
+@pytest.mark.parametrize(
+    "change", [{"num_blocks": 0}, {"shard_blocks": 0}, {"window_shards": 0}, {"epoch": -1}, {"seed": -1}]
+)
+def test_an_order_of_nothing_is_refused(change: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="needs"):
+        order(**change)
+
+
+def test_permutation_is_unbiased_in_its_first_place() -> None:
+    firsts = [int(keyed_permutation(5, "key", number)[0]) for number in range(2000)]
+    counts = np.bincount(firsts, minlength=5)
+    assert counts.min() > 320
+    assert counts.max() < 480

@@ -1,0 +1,408 @@
+"""Teachers: found, described and loaded as they are, or refused in one line of a stable kind."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import numpy as np
+import pytest
+import torch
+import transformers
+from huggingface_hub.errors import LocalEntryNotFoundError
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from cache_spec.errors import EXIT_BAD_INPUT, BadInputError
+from pipeline import teacher as teacher_module
+from pipeline.teacher import (
+    TeacherFiles,
+    check_block_tokens,
+    describe_teacher,
+    load_teacher,
+    load_tokenizer,
+    pick_device,
+    pick_dtype,
+    resolve_teacher,
+    save_teacher_description,
+    tokenizer_sha256,
+)
+
+ROWS = 120
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": ROWS}
+LLAMA = {**SIZES, "intermediate_size": 48, "num_key_value_heads": 1, "max_position_embeddings": 64}
+TOKENS = {"bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 1}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64, "vocab_size": ROWS, **TOKENS},
+    "llama": {**LLAMA, **TOKENS, "tie_word_embeddings": False},
+    "gpt_neox": {**SIZES, **TOKENS, "intermediate_size": 48, "max_position_embeddings": 64},
+    "qwen2": {**LLAMA, **TOKENS, "tie_word_embeddings": True},
+}
+
+
+def make_tokenizer(vocab_size: int, eos: str | None = "<eos>") -> Any:
+    vocab = {"<unk>": 0, "<eos>": 1} | {f"w{i}": i for i in range(2, vocab_size)}
+    backend = Tokenizer(models.WordLevel(vocab=vocab, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token=eos)
+
+
+def make_model(family: str, **changes: Any) -> Any:
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(family, **FAMILIES.get(family, LLAMA | TOKENS), **changes)
+    auto: Any = transformers.AutoModelForCausalLM
+    return auto.from_config(config)
+
+
+def make_folder(folder: Path, family: str = "gpt2", vocab_size: int = 100, spread: float = 1.0, **changes: Any) -> Path:
+    model = make_model(family, **changes)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(spread)
+    model.save_pretrained(folder)
+    make_tokenizer(vocab_size).save_pretrained(folder)
+    return folder
+
+
+def refused(kind: str, call: Any, *args: Any, **kwargs: Any) -> str:
+    with pytest.raises(BadInputError) as info:
+        call(*args, **kwargs)
+    assert info.value.kind == kind
+    assert info.value.exit_code == EXIT_BAD_INPUT
+    assert info.value.__cause__ is None
+    assert info.value.__suppress_context__ or info.value.__context__ is None
+    assert "\n" not in str(info.value)
+    return str(info.value)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return make_folder(tmp_path / "tiny")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_description_without_weights_equals_the_loaded_teachers(tmp_path: Path, family: str) -> None:
+    files = resolve_teacher(str(make_folder(tmp_path / "tiny", family)))
+    info, tokenizer_info = describe_teacher(files)
+    teacher = load_teacher(files, device="cpu")
+    assert (teacher.info, teacher.tokenizer_info) == (info, tokenizer_info)
+    assert (info.name, info.revision, info.model_type) == ("tiny", None, family)
+    assert (info.vocab_size, info.padded_vocab_size) == (100, ROWS)
+    assert (info.hidden_size, info.num_layers, info.max_positions) == (32, 2, 64)
+    assert info.num_parameters == sum(p.numel() for p in teacher.model.parameters())
+    assert tokenizer_info.eos_token_id == 1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hidden_times_head_equals_the_models_own_logits(tmp_path: Path, family: str) -> None:
+    teacher = load_teacher(resolve_teacher(str(make_folder(tmp_path / "tiny", family))), device="cpu")
+    ids_BT = np.arange(60, dtype=np.uint16).reshape(2, 30)
+    hidden_BTD = teacher.hidden(ids_BT)
+    assert hidden_BTD.shape == (2, 30, 32)
+    assert not hidden_BTD.requires_grad
+    assert not teacher.model.training
+    ours = teacher.head.logits(hidden_BTD.flatten(0, 1), torch.empty(60, 100))
+    theirs = teacher.model(torch.from_numpy(ids_BT.astype(np.int64))).logits[..., :100].flatten(0, 1)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_half_precision_teacher_gives_float32_logits_off_the_half_grid(folder: Path, dtype: str) -> None:
+    teacher = load_teacher(resolve_teacher(str(folder)), device="cpu", dtype=dtype)
+    assert teacher.dtype_name == dtype
+    hidden_BTD = teacher.hidden(np.arange(8).reshape(1, 8))
+    assert hidden_BTD.dtype == teacher.dtype
+    logits = teacher.head.logits(hidden_BTD[0], torch.empty(8, 100))
+    assert logits.dtype == torch.float32
+    assert not torch.equal(logits, logits.to(teacher.dtype).float())
+
+
+def test_weights_digest_is_of_the_files_digests_in_name_order(tmp_path: Path) -> None:
+    model = make_model("gpt2")
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    make_tokenizer(100).save_pretrained(tmp_path)
+    files = resolve_teacher(str(tmp_path))
+    assert len(files.weight_files) > 1
+    names = sorted(path.name for path in tmp_path.glob("*.safetensors"))
+    digests = [hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() for name in names]
+    assert files.weights_sha256 == hashlib.sha256("".join(digests).encode()).hexdigest()
+    assert load_teacher(files, device="cpu").info.num_parameters == model.num_parameters()
+
+
+def test_a_hub_name_is_fetched_at_its_revision_and_keeps_the_commit(folder: Path, monkeypatch: Any) -> None:
+    calls: list[tuple[Any, Any]] = []
+    commit = folder.rename(folder.parent / "0123abc")
+
+    def fetch(*args: Any, **kwargs: Any) -> str:
+        calls.append((args, kwargs))
+        return str(commit)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    files = resolve_teacher("someone/model", revision="v1")
+    assert (files.name, files.revision, files.folder) == ("someone/model", "0123abc", commit)
+    assert calls[0][0] == ("someone/model",)
+    assert calls[0][1]["revision"] == "v1"
+    assert not any(pattern.endswith((".bin", ".pt")) for pattern in calls[0][1]["allow_patterns"])
+
+
+def test_an_unknown_teacher_is_one_line_offline(monkeypatch: Any, tmp_path: Path) -> None:
+    def offline(*_args: Any, **_kwargs: Any) -> str:
+        raise LocalEntryNotFoundError("nothing cached\nand no network")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    assert "someone/nothing" in refused("unknown-teacher", resolve_teacher, "someone/nothing")
+    refused("unknown-teacher", resolve_teacher, str(tmp_path / "absent"))
+    refused("unknown-teacher", resolve_teacher, "absent.gguf")
+
+
+def test_a_name_the_hub_cannot_have_is_unknown() -> None:
+    refused("unknown-teacher", resolve_teacher, "not a name!")
+
+
+def test_pickled_weights_are_never_read(folder: Path, monkeypatch: Any) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    refused("unsafe-weights", resolve_teacher, str(folder))
+    (folder / "pytorch_model.bin").unlink()
+    refused("no-weights", resolve_teacher, str(folder))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: str(folder))
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda *a, **k: ["pytorch_model.bin"])
+    refused("unsafe-weights", resolve_teacher, "someone/model")
+
+
+@pytest.mark.parametrize("body", ["{", "[]", '{"weight_map": {}}', '{"weight_map": {"a": "../x.safetensors"}}'])
+def test_a_weights_index_that_leads_astray_is_refused(folder: Path, body: str) -> None:
+    (folder / "model.safetensors").rename(folder.parent / "x.safetensors")
+    (folder / "model.safetensors.index.json").write_text(body)
+    refused("bad-weights-index", resolve_teacher, str(folder))
+
+
+def test_a_revision_of_a_folder_is_refused(folder: Path) -> None:
+    refused("revision-of-a-folder", resolve_teacher, str(folder), revision="main")
+
+
+@pytest.mark.parametrize("damage", [b"", b"garbage", None])
+def test_broken_weights_are_refused(folder: Path, damage: bytes | None) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100] if damage is None else damage)
+    refused("broken-weights", load_teacher, resolve_teacher(str(folder)), device="cpu")
+
+
+def test_a_checkpoint_without_a_language_head_is_refused(tmp_path: Path) -> None:
+    config = transformers.AutoConfig.for_model("llama", **FAMILIES["llama"])
+    auto: Any = transformers.AutoModelForSequenceClassification
+    auto.from_config(config).save_pretrained(tmp_path)
+    make_tokenizer(100).save_pretrained(tmp_path)
+    message = refused("incomplete-weights", load_teacher, resolve_teacher(str(tmp_path)), device="cpu")
+    assert "lm_head" in message
+
+
+@pytest.mark.parametrize("family", ["bert", "t5", "vit", "roberta", "bart"])
+def test_what_is_no_causal_language_model_is_refused_without_loading(folder: Path, family: str) -> None:
+    transformers.AutoConfig.for_model(family).save_pretrained(folder)
+    files = resolve_teacher(str(folder))
+    refused("not-a-causal-lm", describe_teacher, files)
+    refused("not-a-causal-lm", load_teacher, files, device="cpu")
+
+
+def test_a_model_that_reads_to_the_right_is_refused(folder: Path, monkeypatch: Any) -> None:
+    def look_ahead(_module: Any, _inputs: Any, output: Any) -> Any:
+        output.last_hidden_state = output.last_hidden_state + output.last_hidden_state[:, -1:]
+        return output
+
+    original: Any = transformers.AutoModelForCausalLM.from_pretrained
+
+    def patched(*args: Any, **kwargs: Any) -> Any:
+        loaded: Any = original(*args, **kwargs)
+        loaded[0].base_model.register_forward_hook(look_ahead)
+        return loaded
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", patched)
+    refused("not-a-causal-lm", load_teacher, resolve_teacher(str(folder)), device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("gemma2", {"head_dim": 16, "final_logit_softcapping": 30.0}),
+        ("cohere", {"logit_scale": 0.0625}),
+        ("granite", {"logits_scaling": 8.0}),
+    ],
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_families_that_cap_or_scale_logits_are_refused(
+    tmp_path: Path, family: str, changes: dict[str, Any], dtype: str
+) -> None:
+    files = resolve_teacher(str(make_folder(tmp_path, family, **changes)))
+    assert family in refused("unsupported-head", load_teacher, files, device="cpu", dtype=dtype)
+
+
+def test_a_teacher_of_nans_loads_so_that_its_first_block_is_named(tmp_path: Path) -> None:
+    load_teacher(resolve_teacher(str(make_folder(tmp_path, spread=float("nan")))), device="cpu")
+
+
+def test_a_tokenizer_of_more_ids_than_rows_is_refused(tmp_path: Path) -> None:
+    files = resolve_teacher(str(make_folder(tmp_path, vocab_size=ROWS + 1)))
+    refused("vocabulary-mismatch", describe_teacher, files)
+    refused("vocabulary-mismatch", load_teacher, files, device="cpu")
+
+
+def test_a_declared_plain_tokenizer_is_not_replaced_by_its_familys(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(resolve_teacher(str(make_folder(tmp_path, "qwen2"))))
+    assert tokenizer("w5 w7")["input_ids"] == [5, 7]
+    assert len(tokenizer.get_vocab()) == 100
+
+
+def test_added_tokens_count_as_vocabulary(folder: Path) -> None:
+    tokenizer = make_tokenizer(100)
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(folder)
+    assert describe_teacher(resolve_teacher(str(folder)))[0].vocab_size == 101
+
+
+def test_eos_comes_from_the_config_where_the_tokenizer_has_none(folder: Path) -> None:
+    make_tokenizer(100, eos=None).save_pretrained(folder)
+    files = resolve_teacher(str(folder))
+    assert describe_teacher(files)[1].eos_token_id == 1
+    for eos, kind in ((None, "no-eos"), (ROWS - 1, "vocabulary-mismatch")):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "eos_token_id": eos}))
+        refused(kind, describe_teacher, files)
+
+
+def test_a_missing_or_broken_tokenizer_is_refused(folder: Path) -> None:
+    files = resolve_teacher(str(folder))
+    (folder / "tokenizer.json").write_text("{}")
+    refused("no-tokenizer", load_tokenizer, files)
+    (folder / "tokenizer.json").unlink()
+    refused("no-tokenizer", describe_teacher, files)
+
+
+def test_a_missing_or_broken_config_is_refused(folder: Path) -> None:
+    files = resolve_teacher(str(folder))
+    (folder / "config.json").write_text("{")
+    refused("unreadable-config", describe_teacher, files)
+    (folder / "config.json").unlink()
+    refused("unreadable-config", describe_teacher, files)
+
+
+def test_blocks_longer_than_the_positions_are_refused(folder: Path) -> None:
+    info, _ = describe_teacher(resolve_teacher(str(folder)))
+    check_block_tokens(info, 64)
+    refused("block-too-long", check_block_tokens, info, 65)
+    check_block_tokens(info.model_copy(update={"max_positions": None}), 1 << 20)
+
+
+@pytest.mark.parametrize("name", ["cuda:99", "cuda:x", "tpu", "cpu:1", ""])
+def test_a_device_that_is_not_there_is_refused(name: str) -> None:
+    refused("no-such-device", pick_device, name)
+
+
+def test_auto_prefers_cuda_then_mps_then_cpu(monkeypatch: Any) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert pick_device("auto") == torch.device("cpu")
+    refused("no-such-device", pick_device, "cuda")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert pick_device("auto") == torch.device("mps")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert pick_device("auto") == torch.device("cuda")
+    assert pick_device("cuda:1") == torch.device("cuda:1")
+    refused("no-such-device", pick_device, "cuda:2")
+
+
+def test_auto_dtype_is_bfloat16_only_on_cuda_that_has_it(monkeypatch: Any) -> None:
+    for supported, expected in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, s=supported: s)
+        assert pick_dtype("auto", torch.device("cuda")) == expected
+    assert pick_dtype("auto", torch.device("cpu")) == torch.float32
+    assert pick_dtype("float16", torch.device("cpu")) == torch.float16
+    refused("no-such-dtype", pick_dtype, "int4", torch.device("cpu"))
+
+
+def test_a_gguf_file_reaches_config_tokenizer_and_model(folder: Path, monkeypatch: Any) -> None:
+    seen: list[tuple[str, dict[str, Any]]] = []
+    for name in ("AutoConfig", "AutoTokenizer", "AutoModelForCausalLM"):
+        original = getattr(transformers, name).from_pretrained
+
+        def patched(path: Any, *, _name: str = name, _original: Any = original, **kwargs: Any) -> Any:
+            if kwargs.get("gguf_file"):
+                seen.append((_name, dict(kwargs)))
+                del kwargs["gguf_file"]
+            return _original(path, **kwargs)
+
+        monkeypatch.setattr(getattr(transformers, name), "from_pretrained", patched)
+    (folder / "tiny.Q4.gguf").write_bytes(b"GGUF")
+    (folder / "other.gguf").write_bytes(b"GGUF")
+    files = resolve_teacher(str(folder), gguf_file="tiny.Q4.gguf")
+    assert files == resolve_teacher(str(folder / "tiny.Q4.gguf"))
+    assert (files.name, files.weight_files) == ("tiny.Q4.gguf", ("tiny.Q4.gguf",))
+    teacher = load_teacher(files, device="cpu")
+    assert (teacher.info, teacher.tokenizer_info) == describe_teacher(files)
+    model_call = next(kwargs for name, kwargs in seen if name == "AutoModelForCausalLM")
+    assert model_call["gguf_file"] == "tiny.Q4.gguf"
+    assert "use_safetensors" not in model_call
+    assert {name for name, _ in seen} == {"AutoConfig", "AutoTokenizer", "AutoModelForCausalLM"}
+    refused("unknown-teacher", resolve_teacher, str(folder), gguf_file="absent.gguf")
+    (folder / "model.safetensors").unlink()
+    assert "other.gguf" in refused("no-weights", resolve_teacher, str(folder))
+
+
+def read_all(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_the_saved_description_is_the_same_wherever_the_files_lie(tmp_path: Path) -> None:
+    saved = []
+    for place in ("here", "there"):
+        folder = make_folder(tmp_path / place / "tiny")
+        save_teacher_description(resolve_teacher(str(folder)), tmp_path / f"cache-{place}")
+        saved.append(read_all(tmp_path / f"cache-{place}"))
+    assert saved[0] == saved[1]
+    assert {"teacher/config.json", "teacher/generation_config.json", "tokenizer/tokenizer.json"} <= set(saved[0])
+    for body in saved[0].values():
+        assert str(tmp_path).encode() not in body
+        assert b"name_or_path" not in body
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "cache-here" / "teacher")
+    assert config.vocab_size == ROWS
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_saved_tokenizer_has_the_originals_digest_and_ids(family: str, tmp_path: Path) -> None:
+    files = resolve_teacher(str(make_folder(tmp_path / "tiny", family)))
+    save_teacher_description(files, tmp_path / "cache")
+    original = load_tokenizer(files)
+    saved: Any = transformers.AutoTokenizer.from_pretrained(tmp_path / "cache" / "tokenizer")
+    assert tokenizer_sha256(saved) == tokenizer_sha256(original)
+    assert saved("w5 w7 nothing")["input_ids"] == original("w5 w7 nothing")["input_ids"] == [5, 7, 0]
+
+
+def test_the_tokenizer_digest_knows_vocabulary_and_special_tokens_but_not_the_last_call() -> None:
+    base = make_tokenizer(50)
+    digest = tokenizer_sha256(base)
+    base.pad_token = "<eos>"
+    with_pad = tokenizer_sha256(base)
+    assert (
+        len({digest, with_pad, tokenizer_sha256(make_tokenizer(51)), tokenizer_sha256(make_tokenizer(50, None))}) == 4
+    )
+    base(["w3", "w4 w5"], padding=True, truncation=True, max_length=4)
+    assert tokenizer_sha256(base) == with_pad
+
+
+def test_loading_keeps_the_terminal_quiet(folder: Path, capfd: Any) -> None:
+    load_teacher(resolve_teacher(str(folder)), device="cpu")
+    captured = capfd.readouterr()
+    assert captured.out == captured.err == ""
+
+
+def test_teacher_files_survive_a_process_boundary(folder: Path) -> None:
+    files = resolve_teacher(str(folder))
+    again = pickle.loads(pickle.dumps(files))
+    assert isinstance(again, TeacherFiles)
+    assert again == files
+    assert again.weights_sha256 == files.weights_sha256
+    assert teacher_module.describe_teacher(again) == describe_teacher(files)

@@ -1,0 +1,211 @@
+"""From block indices to tensors: a cache and a plan of steps come in, micro-batches for the student go out.
+
+This is where numpy becomes torch. A background thread reads ahead, so that disk and decompression hide behind the
+student's passes.
+
+Legend: B batch, T time, K kept, W windows, D width.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cache_spec.manifest import Manifest
+from cache_spec.reader import TargetBatch
+from train.distiller import DistilBatch, TermCounts, count_terms
+from train.order import EpochOrder, IndexArray
+
+READ_AHEAD = 2
+
+
+class BlockReader(Protocol):
+    """What training needs of a cache."""
+
+    @property
+    def manifest(self) -> Manifest: ...
+
+    def lengths(self, blocks: IndexArray) -> np.ndarray: ...
+
+    def batch(self, blocks: IndexArray, temperature: float) -> TargetBatch: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepPlan:
+    """How a run's steps tile its epochs; it does not depend on where a run resumes."""
+
+    num_blocks: int
+    """Blocks in the cache."""
+    batch_blocks: int
+    """Blocks of a micro-batch."""
+    accumulate: int
+    """Micro-batches of a step; the last step of an epoch may have fewer and smaller ones."""
+    epochs: int
+    max_steps: int | None = None
+
+    @property
+    def step_blocks(self) -> int:
+        """Blocks of one whole step."""
+        return self.batch_blocks * self.accumulate
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """No step crosses the end of an epoch."""
+        return -(-self.num_blocks // self.step_blocks)
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole run."""
+        planned = self.epochs * self.steps_per_epoch
+        return planned if self.max_steps is None else min(planned, self.max_steps)
+
+    def start_of(self, step: int) -> tuple[int, int]:
+        """Return (epoch, blocks of it already consumed) where ``step`` starts."""
+        epoch, inside = divmod(step, self.steps_per_epoch)
+        return epoch, inside * self.step_blocks
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MicroBatch:
+    """One forward and backward pass: its blocks, and what the loss of its whole step is divided by."""
+
+    step: int
+    epoch: int
+    blocks: IndexArray
+    """int64 [B], block indices."""
+    batch: DistilBatch
+    """In host memory; ``on_device`` moves it."""
+    counts: TermCounts
+    """Of the whole step."""
+    ends_step: bool
+    """Whether the optimizer moves after this one."""
+
+
+def micro_batches(
+    reader: BlockReader,
+    plan: StepPlan,
+    *,
+    first_step: int,
+    temperature: float,
+    seed: int,
+    window_shards: int,
+    with_hidden: bool = True,
+    pin_memory: bool = False,
+) -> Iterator[MicroBatch]:
+    """Yield all micro-batches from ``first_step`` to the end of the run, in order."""
+    manifest = reader.manifest
+    window = manifest.hidden.window if manifest.hidden else None
+    fingerprint = manifest.fingerprint
+    order: EpochOrder | None = None
+    for step in range(first_step, plan.total_steps):
+        epoch, start = plan.start_of(step)
+        if order is None or order.epoch != epoch:
+            order = EpochOrder(
+                num_blocks=plan.num_blocks,
+                shard_blocks=manifest.blocks.shard_blocks,
+                window_shards=window_shards,
+                seed=seed,
+                epoch=epoch,
+                fingerprint=fingerprint,
+            )
+        step_blocks = order.indices(start, min(plan.step_blocks, plan.num_blocks - start))
+        counts = count_terms(torch.from_numpy(reader.lengths(step_blocks).astype(np.int64)), window)
+        pieces = [step_blocks[i : i + plan.batch_blocks] for i in range(0, len(step_blocks), plan.batch_blocks)]
+        for number, blocks in enumerate(pieces):
+            yield MicroBatch(
+                step=step,
+                epoch=epoch,
+                blocks=blocks,
+                batch=to_tensors(reader.batch(blocks, temperature), with_hidden=with_hidden, pin_memory=pin_memory),
+                counts=counts,
+                ends_step=number == len(pieces) - 1,
+            )
+
+
+def to_tensors(targets: TargetBatch, *, with_hidden: bool = True, pin_memory: bool = False) -> DistilBatch:
+    """Return decoded targets as host tensors, in the narrow dtypes that travel to the device: int32, float32, float16.
+
+    The one place where numpy becomes torch.
+    """
+
+    def tensor(array: np.ndarray, dtype: type[np.generic]) -> Tensor:
+        made = torch.from_numpy(np.ascontiguousarray(array, dtype=dtype))
+        return made.pin_memory() if pin_memory else made
+
+    return DistilBatch(
+        input_ids_BT=tensor(targets.input_ids_BT, np.int32),
+        lengths_B=tensor(targets.lengths_B, np.int64),
+        head_ids_BTK=tensor(targets.head_ids_BTK, np.int32),
+        head_logprobs_BTK=tensor(targets.head_logprobs_BTK, np.float32),
+        log_normaliser_BT=tensor(targets.log_normaliser_BT, np.float32),
+        log_tail_mass_BT=tensor(targets.log_tail_mass_BT, np.float32),
+        hidden_BWD=tensor(targets.hidden_BWD, np.float16) if with_hidden and targets.hidden_BWD is not None else None,
+    )
+
+
+def on_device(batch: DistilBatch, device: torch.device) -> DistilBatch:
+    """Move a micro-batch to ``device`` and widen it there to what the loss takes: int64 and float32."""
+    moved = batch.to(device, non_blocking=device.type == "cuda")
+    return DistilBatch(
+        input_ids_BT=moved.input_ids_BT.long(),
+        lengths_B=moved.lengths_B,
+        head_ids_BTK=moved.head_ids_BTK.long(),
+        head_logprobs_BTK=moved.head_logprobs_BTK,
+        log_normaliser_BT=moved.log_normaliser_BT,
+        log_tail_mass_BT=moved.log_tail_mass_BT,
+        hidden_BWD=None if moved.hidden_BWD is None else moved.hidden_BWD.float(),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    error: BaseException
+
+
+class _End:
+    pass
+
+
+def ahead(items: Iterator[MicroBatch], depth: int = READ_AHEAD) -> Generator[MicroBatch, None, None]:
+    """Yield ``items``, drawn up to ``depth`` ahead by a thread; close the generator to stop the thread.
+
+    An error of the thread is raised here, in its place among the items.
+    """
+    ready: queue.Queue[MicroBatch | _Failure | _End] = queue.Queue(maxsize=depth)
+    stopped = threading.Event()
+
+    def put(item: MicroBatch | _Failure | _End) -> None:
+        while not stopped.is_set():
+            try:
+                return ready.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+        return None
+
+    def draw() -> None:
+        try:
+            for item in items:
+                put(item)
+                if stopped.is_set():
+                    return
+            put(_End())
+        except BaseException as error:  # whatever it is, it must reach the training thread
+            put(_Failure(error))
+
+    thread = threading.Thread(target=draw, name="kdpipe-read-ahead", daemon=True)
+    thread.start()
+    try:
+        while not isinstance(item := ready.get(), _End):
+            if isinstance(item, _Failure):
+                raise item.error
+            yield item
+    finally:
+        stopped.set()
+        thread.join()

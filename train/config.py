@@ -1,0 +1,152 @@
+"""Settings of one training run: what a recipe or the command line says comes in, one checked `TrainConfig` goes out.
+
+Nothing here imports torch: the command line builds its options and their help from these fields, fast.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+# These may change when a run goes on: where things lie, how often something is written, and what moves only the
+# last bits of a float (the order of a sum). `precision` is compared as what it resolves to, beside these settings.
+CHANGEABLE_ON_RESUME = frozenset(
+    {
+        "cache",
+        "out",
+        "teacher",
+        "log_every",
+        "checkpoint_every",
+        "tensorboard",
+        "device",
+        "precision",
+        "chunk_rows",
+    }
+)
+
+
+class TrainConfig(BaseModel):
+    """One training run from one cache; raises pydantic's ValidationError for settings that make no sense."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, validate_default=True
+    )
+
+    cache: Path
+    """Folder of the finished cache to learn from."""
+    out: Path
+    """Folder of this run: checkpoints, metrics and, at the end, the student."""
+
+    student: Literal["teacher-layers", "config", "checkpoint"] = "teacher-layers"
+    """How the student starts: some of the teacher's layers, a fresh model by config, or an existing model."""
+    num_layers: int | None = Field(default=None, gt=0)
+    """Number of layers of the student, spread evenly over the teacher's."""
+    layer_indices: tuple[int, ...] | None = None
+    """The teacher's layers to copy, from 0, in order (in place of num_layers)."""
+    student_config: dict[str, Any] | None = None
+    """Changes to the teacher's model config for the student, by the model's own names."""
+    checkpoint: str | None = Field(default=None, min_length=1)
+    """Folder or hub name of the model to go on from (with student = checkpoint)."""
+    teacher: str | None = Field(default=None, min_length=1)
+    """Folder or hub name of the teacher where copied layers are read; default: the name in the cache."""
+    initializer_range: float | None = Field(default=None, gt=0)
+    """Standard deviation of freshly drawn weights; default: what the model's config says."""
+    dropout: float | None = Field(default=None, ge=0, lt=1)
+    """Probability of every dropout of the student; default: what the model's config says."""
+    freeze_position_embeddings: bool = False
+    """Keep learnt position embeddings as they start."""
+
+    temperature: float = Field(default=1.0, gt=0)
+    """Temperature of the distillation loss; one of those declared in the cache."""
+    kl_weight: float = Field(default=0.9, ge=0)
+    """Weight of the divergence from the teacher's distribution."""
+    ce_weight: float = Field(default=0.1, ge=0)
+    """Weight of the cross-entropy of the text's own next token."""
+    cosine_weight: float = Field(default=0.0, ge=0)
+    """Weight of one minus the cosine between pooled hidden states."""
+    mse_weight: float = Field(default=0.0, ge=0)
+    """Weight of the mean squared error between pooled hidden states."""
+    tail: Literal["bucket", "renormalise"] = "bucket"
+    """What stands for the tokens outside the cached head: one bucket with their true mass, or nothing."""
+
+    epochs: int = Field(default=1, gt=0)
+    """Passes over the cache."""
+    max_steps: int | None = Field(default=None, gt=0)
+    """Stop after this many optimizer steps, with the learning rate decayed by then."""
+    batch_blocks: int = Field(default=8, gt=0)
+    """Blocks in one forward and backward pass."""
+    accumulate: int = Field(default=1, gt=0)
+    """Passes whose gradients make one optimizer step."""
+    window_shards: int = Field(default=16, gt=0)
+    """Shards whose blocks are shuffled together."""
+
+    learning_rate: float = Field(default=6e-4, gt=0)
+    """Peak learning rate of AdamW."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """How the learning rate falls after the warm-up: to zero along a line or a cosine, or not at all."""
+    warmup: float = Field(default=0.05, ge=0, le=1)
+    """Fraction of the steps over which the learning rate rises from zero."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Weight decay of AdamW; biases and norms are spared."""
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Decay of AdamW's mean of gradients."""
+    adam_beta2: float = Field(default=0.98, ge=0, lt=1)
+    """Decay of AdamW's mean of squared gradients."""
+    adam_epsilon: float = Field(default=1e-6, gt=0)
+    """What AdamW adds to the denominator."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """Gradients of a larger norm are scaled down to it."""
+
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """Seed of fresh weights, of dropout and of the order of blocks."""
+    device: str = Field(default="auto", min_length=1)
+    """Where to train: auto, cpu, cuda, cuda:1, mps."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Arithmetic of the forward pass; auto is bf16 on a CUDA device that has it, else fp32."""
+    chunk_rows: int | None = Field(default=None, gt=0)
+    """Positions whose logits exist at once in the loss; default: what fits a modest device."""
+
+    checkpoint_every: int = Field(default=500, gt=0)
+    """Steps between two checkpoints."""
+    log_every: int = Field(default=10, gt=0)
+    """Steps between two lines of metrics."""
+    tensorboard: bool = True
+    """Write TensorBoard logs beside the metrics."""
+
+    @field_validator("layer_indices")
+    @classmethod
+    def _layer_indices_make_sense(cls, value: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if value is None:
+            return value
+        if not value:
+            raise ValueError("name at least one layer")
+        if min(value) < 0:
+            raise ValueError("layers count from 0")
+        if any(after <= before for before, after in pairwise(value)):
+            raise ValueError("layers must be ascending, each named once")
+        return value
+
+    @model_validator(mode="after")
+    def _settings_fit_together(self) -> Self:
+        if self.kl_weight + self.ce_weight + self.cosine_weight + self.mse_weight == 0:
+            raise ValueError("every loss weight is zero: nothing would be learnt")
+        if self.num_layers is not None and self.layer_indices is not None:
+            raise ValueError("give num_layers or layer_indices, not both")
+        if self.student == "checkpoint" and self.checkpoint is None:
+            raise ValueError("student = checkpoint needs checkpoint")
+        if self.student != "checkpoint" and self.checkpoint is not None:
+            raise ValueError(f"checkpoint means nothing with student = {self.student}")
+        if self.student != "teacher-layers" and self.layer_indices is not None:
+            raise ValueError(f"layer_indices means nothing with student = {self.student}")
+        if self.student == "checkpoint":
+            for name in ("num_layers", "student_config", "initializer_range"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name} means nothing with student = checkpoint")
+        return self
+
+    def result_settings(self) -> dict[str, Any]:
+        """Return, as plain JSON values, the settings that change the trained weights."""
+        return self.model_dump(mode="json", exclude=set(CHANGEABLE_ON_RESUME))

@@ -1,0 +1,314 @@
+"""One module that holds the student and its loss, so that DDP and FSDP wrap both.
+
+In: a batch of blocks with the teacher's cached targets, and the global counts of the accumulation window. Out: the
+loss to call ``backward`` on, and the detached sum of each term.
+
+Legend: B batch, T time, N rows (B x T), V vocabulary, K kept, D width, W windows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from cache_spec.errors import BadInputError
+from train.losses import NO_LABEL, SparseTargets, TailTreatment, cosine_sum, head_loss, mse_sum, pool_windows
+
+CHUNK_BYTES = 1 << 26
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossWeights:
+    """The weight of each term in the loss; each term is a mean over its own count."""
+
+    kl: float
+    """Of the squared temperature times KL(teacher || student), per real token."""
+    ce: float
+    """Of the cross-entropy at temperature 1, per real token that has a next one."""
+    cosine: float = 0.0
+    """Of 1 - cosine between pooled hidden states, per window."""
+    mse: float = 0.0
+    """Of the mean squared difference of pooled hidden states, per window."""
+
+    @property
+    def uses_hidden(self) -> bool:
+        """Whether any hidden loss has weight."""
+        return self.cosine > 0 or self.mse > 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TermCounts:
+    """What each term is divided by: global counts over the accumulation window (all micro-batches, all ranks)."""
+
+    kl_tokens: float
+    """Real tokens."""
+    ce_tokens: float
+    """Real tokens that have a next one in their block."""
+    hidden_windows: float
+    """Windows with at least one real token."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DistilBatch:
+    """Blocks and their targets, as tensors on one device; blocks are packed and padded on the right only."""
+
+    input_ids_BT: Tensor
+    """int64."""
+    lengths_B: Tensor
+    """int64, real tokens in each block."""
+    head_ids_BTK: Tensor
+    """int64, the K most probable tokens after each position."""
+    head_logprobs_BTK: Tensor
+    """float32, nats, temperature 1."""
+    log_normaliser_BT: Tensor
+    """float32, at the training temperature."""
+    log_tail_mass_BT: Tensor
+    """float32, at the training temperature; -inf where the tail is empty."""
+    hidden_BWD: Tensor | None = None
+    """float32, the teacher's last hidden state, mean over each window's real tokens."""
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> DistilBatch:
+        """The same batch on a device."""
+        tensors = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "hidden_BWD"}
+        moved: dict[str, Tensor] = {n: t.to(device, non_blocking=non_blocking) for n, t in tensors.items()}
+        hidden = self.hidden_BWD
+        return DistilBatch(**moved, hidden_BWD=None if hidden is None else hidden.to(device, non_blocking=non_blocking))
+
+
+class DistilOutput(NamedTuple):
+    """The loss and its terms, 0-dim tensors; a term's mean is its sum over micro-batches and ranks by its count."""
+
+    loss: Tensor
+    """Differentiable: the weighted terms, each divided by its global count."""
+    kl_sum: Tensor
+    """Detached, nats, squared temperature included."""
+    ce_sum: Tensor
+    """Detached, nats."""
+    cosine_sum: Tensor
+    """Detached."""
+    mse_sum: Tensor
+    """Detached."""
+
+
+class Distiller(nn.Module):
+    """A student, its projection where the teacher's width differs, and the loss against cached targets.
+
+    Args:
+        student: any causal language model that passes :func:`check_student_head`.
+        teacher_width: D of the teacher's hidden states.
+        vocab_size: the real vocabulary that teacher and student share; further rows of the student's head are padding.
+        weights, temperature, tail: of the loss.
+        window: tokens a pooled hidden state stands for; needed when a hidden loss has weight.
+        chunk_rows: rows of logits that exist at a time; by default what fits about 64 MiB of float32.
+
+    Raises:
+        BadInputError: the student has no output head or too small a vocabulary, or a hidden loss has no window.
+    """
+
+    def __init__(
+        self,
+        student: PreTrainedModel,
+        *,
+        teacher_width: int,
+        vocab_size: int,
+        weights: LossWeights,
+        temperature: float,
+        tail: TailTreatment = "bucket",
+        window: int | None = None,
+        chunk_rows: int | None = None,
+    ) -> None:
+        super().__init__()
+        weight_VD, _ = output_head(student)
+        if weight_VD.shape[0] < vocab_size:
+            found = f"{weight_VD.shape[0]} rows"
+            raise BadInputError("student-vocabulary", "student", expected=f"at least {vocab_size} rows", found=found)
+        if weights.uses_hidden and window is None:
+            raise BadInputError(
+                "no-hidden-states",
+                "loss weights",
+                expected="a cache with hidden states",
+                found=f"cosine {weights.cosine}, mse {weights.mse} and no window",
+                hint="set both weights to 0 or cache hidden states",
+            )
+        self.student = student
+        self.vocab_size, self.weights, self.temperature, self.tail = vocab_size, weights, temperature, tail
+        self.window = window
+        self.chunk_rows = chunk_rows or max(1, CHUNK_BYTES // (4 * vocab_size))
+        student_width = weight_VD.shape[1]
+        self.projection: nn.Linear | None = None
+        if weights.uses_hidden and student_width != teacher_width:
+            self.projection = nn.Linear(student_width, teacher_width, bias=False, device=weight_VD.device)
+
+    def forward(self, batch: DistilBatch, counts: TermCounts) -> DistilOutput:
+        """The loss of one micro-batch; losses of all micro-batches and ranks of a window add up to the window's loss.
+
+        DDP and FSDP average gradients over ranks: multiply the loss by the number of ranks before ``backward``.
+        """
+        hidden_BTD = last_hidden_state(self.student, batch.input_ids_BT)
+        labels_BT, kl_mask_BT = shift_labels(batch.input_ids_BT, batch.lengths_B)
+        weight_VD, bias_V = output_head(self.student)
+        # Called even when both scales are 0: every parameter then gets a gradient, which DDP insists on.
+        head = head_loss(
+            hidden_BTD.flatten(0, 1),
+            weight_VD,
+            bias_V,
+            targets=SparseTargets(
+                head_ids_NK=batch.head_ids_BTK.flatten(0, 1),
+                head_logprobs_NK=batch.head_logprobs_BTK.flatten(0, 1),
+                log_normaliser_N=batch.log_normaliser_BT.flatten(),
+                log_tail_mass_N=batch.log_tail_mass_BT.flatten(),
+            ),
+            labels_N=labels_BT.flatten(),
+            kl_mask_N=kl_mask_BT.flatten(),
+            temperature=self.temperature,
+            kl_scale=_scale(self.weights.kl, counts.kl_tokens),
+            ce_scale=_scale(self.weights.ce, counts.ce_tokens),
+            tail=self.tail,
+            chunk_rows=self.chunk_rows,
+            vocab_size=self.vocab_size,
+        )
+        loss, cosine, mse = head.total, torch.zeros_like(head.kl_sum), torch.zeros_like(head.kl_sum)
+        if self.weights.uses_hidden:
+            student_BWD, teacher_BWD, mask_BW = self._pooled(hidden_BTD, batch)
+            if self.weights.cosine > 0:
+                cosine = cosine_sum(student_BWD, teacher_BWD, mask_BW)
+                loss = loss + _scale(self.weights.cosine, counts.hidden_windows) * cosine
+            if self.weights.mse > 0:
+                mse = mse_sum(student_BWD, teacher_BWD, mask_BW)
+                loss = loss + _scale(self.weights.mse, counts.hidden_windows) * mse
+        return DistilOutput(loss, head.kl_sum, head.ce_sum, cosine.detach(), mse.detach())
+
+    def _pooled(self, hidden_BTD: Tensor, batch: DistilBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """(student's, in the teacher's width; teacher's; which windows count)."""
+        assert self.window is not None
+        if batch.hidden_BWD is None:
+            raise BadInputError("no-hidden-states", "batch", expected="pooled hidden states", found="none")
+        student_BWD, mask_BW = pool_windows(hidden_BTD, batch.lengths_B, self.window)
+        if self.projection is not None:
+            # A linear map without bias commutes with the mean: pooling first makes it `window` times cheaper.
+            student_BWD = self.projection(student_BWD)
+        if student_BWD.shape != batch.hidden_BWD.shape:
+            expected, found = tuple(student_BWD.shape), tuple(batch.hidden_BWD.shape)
+            raise BadInputError("bad-shape", "hidden", expected=expected, found=found)
+        # Under autocast the projection's output is low precision; sums over windows are not.
+        return student_BWD.to(torch.promote_types(student_BWD.dtype, torch.float32)), batch.hidden_BWD, mask_BW
+
+
+def _scale(weight: float, count: float) -> float:
+    """The factor of a term's sum; a term without anything to count is left out."""
+    return weight / count if count > 0 else 0.0
+
+
+def shift_labels(input_ids_BT: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Labels int64 [B, T] and KL mask bool [B, T] for blocks of ``lengths_B`` real tokens: the one place that shifts.
+
+    The label at t is token t + 1, and -100 at the last real position and in padding. Cached targets are stored
+    unshifted (position t holds what the teacher predicts after token t), so the mask holds wherever t is real.
+    """
+    time = input_ids_BT.shape[1]
+    position_1T = torch.arange(time, device=input_ids_BT.device).unsqueeze(0)
+    lengths_B1 = lengths_B.unsqueeze(1)
+    next_BT = torch.roll(input_ids_BT, shifts=-1, dims=1)
+    return torch.where(position_1T + 1 < lengths_B1, next_BT, NO_LABEL), position_1T < lengths_B1
+
+
+def count_terms(lengths_B: Tensor, window: int | None) -> TermCounts:
+    """What one micro-batch adds to the global counts."""
+    windows = 0 if window is None else int((lengths_B + window - 1).div(window, rounding_mode="floor").sum())
+    ce_tokens = int((lengths_B - 1).clamp(min=0).sum())
+    return TermCounts(kl_tokens=int(lengths_B.sum()), ce_tokens=ce_tokens, hidden_windows=windows)
+
+
+def last_hidden_state(student: PreTrainedModel, input_ids_BT: Tensor) -> Tensor:
+    """The base model's last hidden state [B, T, D], after the final norm: what feeds the output head.
+
+    No attention mask: blocks are padded on the right only, and causal attention never sees what comes later.
+    """
+    output: Any = student.base_model(input_ids=input_ids_BT, use_cache=False)
+    hidden_BTD: Tensor = output.last_hidden_state
+    return hidden_BTD
+
+
+def output_head(student: PreTrainedModel) -> tuple[Tensor, Tensor | None]:
+    """Weight [V, D] and bias [V] or None of the student's output head; raises BadInputError when it has none."""
+    head: Any = student.get_output_embeddings()
+    weight_VD = getattr(head, "weight", None)
+    if not isinstance(weight_VD, Tensor) or weight_VD.ndim != 2:
+        found = "none" if head is None else type(head).__name__
+        raise BadInputError("unsupported-head", _name(student), expected="a linear output head", found=found)
+    return weight_VD, getattr(head, "bias", None)
+
+
+@torch.no_grad()
+def check_student_head(student: PreTrainedModel) -> None:
+    """Refuse a student whose logits are more than a linear map of its base model's last hidden state.
+
+    Soft-capping and scaling of logits, or a transform before the head, would be left out of the loss. On a few random
+    tokens, the head's output is replaced by a large one, so that even soft-capping of a new model's small logits shows.
+
+    Raises:
+        BadInputError: ``unsupported-head``.
+    """
+    name = _name(student)
+    weight_VD, bias_V = output_head(student)
+    if student.base_model is student:
+        raise BadInputError("unsupported-head", name, expected="a base model below the head", found="none")
+    generator = torch.Generator().manual_seed(0)
+    embeddings: Any = student.get_input_embeddings()
+    ids_BT = torch.randint(embeddings.weight.shape[0], (1, 8), generator=generator).to(weight_VD.device)
+    head: Any = student.get_output_embeddings()
+    raw: list[Tensor] = []
+    replaced: list[Tensor] = []
+
+    def replace(_module: nn.Module, _inputs: object, logits: Tensor) -> Tensor:
+        raw.append(logits)
+        replaced.append(logits * (100.0 / logits.abs().amax().clamp(min=1e-6)))
+        return replaced[-1]
+
+    with _evaluating(student):
+        expected_BTV = F.linear(last_hidden_state(student, ids_BT), weight_VD, bias_V)
+        hook = head.register_forward_hook(replace)
+        try:
+            logits_BTV: Tensor = student(input_ids=ids_BT, use_cache=False).logits
+        finally:
+            hook.remove()
+    # A head that is not called as a module is compared by its result alone.
+    pairs = [(expected_BTV, raw[0]), (replaced[0], logits_BTV)] if raw else [(expected_BTV, logits_BTV)]
+    for wanted, found in pairs:
+        _compare(name, wanted.float(), found.float(), tolerance=max(1e-4, 4 * torch.finfo(weight_VD.dtype).eps))
+
+
+def _compare(name: str, wanted: Tensor, found: Tensor, *, tolerance: float) -> None:
+    same_shape = wanted.shape == found.shape
+    scale = float(wanted.abs().amax().clamp(min=1e-6))
+    error = float((wanted - found).abs().amax()) / scale if same_shape else float("inf")
+    if not error <= tolerance:  # NaN is refused too
+        raise BadInputError(
+            "unsupported-head",
+            name,
+            expected="logits that are a linear map of the base model's last hidden state",
+            found=f"a relative difference of {error:.1e}",
+            hint="students that cap or scale their logits, or transform them before the head, cannot be trained",
+        )
+
+
+def _name(student: PreTrainedModel) -> str:
+    return f"student {type(student).__name__}"
+
+
+@contextmanager
+def _evaluating(student: PreTrainedModel) -> Iterator[None]:
+    was_training = {module: module.training for module in student.modules()}
+    student.train(False)
+    try:
+        yield
+    finally:
+        for module, training in was_training.items():
+            module.training = training

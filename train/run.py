@@ -1,0 +1,227 @@
+"""A training run put together: settings, a cache and a run folder come in, all that takes part in a step goes out.
+
+A run starts from what its settings describe, or goes on from its newest checkpoint; then the teacher's files and the
+student's first weights are never looked at.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from cache_spec.errors import BadInputError
+from cache_spec.reader import CacheReader
+from train.batches import StepPlan
+from train.checkpoint import Position, load_latest, refuse_another_run, restore, save_checkpoint
+from train.config import TrainConfig
+from train.distiller import Distiller, LossWeights, check_student_head
+from train.run_folder import CHECKPOINTS_NAME, rebuild_student, save_student_config, write_run
+from train.student import build_student
+
+logger = logging.getLogger("kdpipe")
+
+Precision = Literal["fp32", "bf16"]
+_POSITION_EMBEDDINGS = ("wpe", "embed_positions", "position_embeddings", "position_embedding")
+
+
+@dataclass(slots=True, kw_only=True)
+class Run:
+    """Everything that takes part in a run; ``position`` is what moves."""
+
+    config: TrainConfig
+    reader: CacheReader
+    plan: StepPlan
+    device: torch.device
+    precision: Precision
+    identity: tuple[str, dict[str, Any]]
+    distiller: Distiller
+    optimizer: torch.optim.Optimizer
+    position: Position
+
+    def parameters(self) -> list[Tensor]:
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    def save(self, rng: dict[str, Tensor]) -> None:
+        fingerprint, settings = self.identity
+        save_checkpoint(
+            self.config.out / CHECKPOINTS_NAME,
+            self.position,
+            model=self.distiller,
+            optimizer=self.optimizer,
+            rng=rng,
+            fingerprint=fingerprint,
+            settings=settings,
+        )
+
+
+def open_run(
+    config: TrainConfig,
+    reader: CacheReader,
+    weights: LossWeights,
+    device: torch.device,
+    precision: Precision,
+    identity: tuple[str, dict[str, Any]],
+) -> Run:
+    """Put a run together: from its newest checkpoint, or else from the start."""
+    manifest = reader.manifest
+    checkpoint = load_latest(config.out / CHECKPOINTS_NAME)
+    first_weights: dict[str, Tensor] | None = None
+    plan = StepPlan(
+        num_blocks=manifest.blocks.num_blocks,
+        batch_blocks=config.batch_blocks,
+        accumulate=config.accumulate,
+        epochs=config.epochs,
+        max_steps=config.max_steps,
+    )
+    if checkpoint is None:
+        first_weights = _start(config, reader, plan, identity)
+    else:
+        saved = (checkpoint.state.fingerprint, checkpoint.state.settings)
+        refuse_another_run(checkpoint.path, saved=saved, asked=identity)
+    torch.manual_seed(config.seed)
+    student = rebuild_student(config.out)
+    if first_weights is not None:
+        student.load_state_dict(first_weights)
+    distiller = Distiller(
+        student,
+        teacher_width=manifest.teacher.hidden_size,
+        vocab_size=manifest.teacher.vocab_size,
+        weights=weights,
+        temperature=config.temperature,
+        tail=config.tail,
+        window=manifest.hidden.window if manifest.hidden else None,
+        chunk_rows=config.chunk_rows,
+    ).to(device)
+    if config.freeze_position_embeddings:
+        _freeze_position_embeddings(distiller)
+    run = Run(
+        config=config,
+        reader=reader,
+        plan=plan,
+        device=device,
+        precision=precision,
+        identity=identity,
+        distiller=distiller.train(),
+        optimizer=_optimizer(distiller, config),
+        position=Position(step=0, epoch=0, samples=0, tokens=0, seconds=0.0),
+    )
+    # After the student and its projection drew what they need, so that dropout depends on the seed alone.
+    torch.manual_seed(config.seed)
+    if checkpoint is not None:
+        restore(checkpoint, model=distiller, optimizer=run.optimizer, device=device)
+        run.position = checkpoint.position
+        logger.info("going on from %s of %d steps", checkpoint.path.name, plan.total_steps)
+    return run
+
+
+def _start(
+    config: TrainConfig, reader: CacheReader, plan: StepPlan, identity: tuple[str, dict[str, Any]]
+) -> dict[str, Tensor]:
+    """Build the student for the first time, write down what the run is, and return the student's weights."""
+    built = build_student(
+        teacher_folder_in_cache=reader.path / "teacher",
+        manifest=reader.manifest,
+        init=config.student,
+        num_layers=config.num_layers,
+        layer_indices=config.layer_indices,
+        overrides=config.student_config or {},
+        teacher=config.teacher,
+        checkpoint=config.checkpoint,
+        seed=config.seed,
+        initializer_range=config.initializer_range,
+    )
+    check_student_head(built.model)
+    fingerprint, settings = identity
+    write_run(
+        config.out,
+        {
+            "format": "kdpipe-run",
+            "format_version": 1,
+            "fingerprint": fingerprint,
+            "settings": settings,
+            "config": config.model_dump(mode="json"),
+            "student": built.summary,
+            "total_steps": plan.total_steps,
+        },
+    )
+    save_student_config(config.out, built.model, config.dropout)
+    return dict(built.model.state_dict())
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the device that ``name`` asks for; BadInputError("unknown-device") where it is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    available = {
+        "cpu": 1,
+        "cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0,
+        "mps": int(torch.backends.mps.is_available()),
+    }
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or (device.index or 0) >= available.get(device.type, 0):
+        expected = "auto, or one of " + ", ".join(kind for kind, number in available.items() if number)
+        raise BadInputError("unknown-device", "device", expected=expected, found=name)
+    return device
+
+
+def pick_precision(name: str, device: torch.device) -> Precision:
+    """Return the arithmetic of the forward pass; BadInputError where the device lacks it."""
+    has_bf16 = torch.cuda.is_bf16_supported() if device.type == "cuda" else device.type == "cpu"
+    if name == "auto":
+        return "bf16" if device.type == "cuda" and has_bf16 else "fp32"
+    if name == "bf16" and not has_bf16:
+        raise BadInputError("no-bf16", f"device {device}", hint="use --precision fp32")
+    return "bf16" if name == "bf16" else "fp32"
+
+
+def loss_weights(config: TrainConfig, reader: CacheReader) -> LossWeights:
+    """Check that the cache has what the loss asks for."""
+    reader.manifest.temperature_index(config.temperature)
+    weights = LossWeights(kl=config.kl_weight, ce=config.ce_weight, cosine=config.cosine_weight, mse=config.mse_weight)
+    if weights.uses_hidden and reader.manifest.hidden is None:
+        raise BadInputError(
+            "no-hidden-states",
+            config.cache,
+            expected="a cache with hidden states",
+            hint="set cosine_weight and mse_weight to 0, or capture again with hidden states",
+        )
+    return weights
+
+
+def _optimizer(distiller: Distiller, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW over what is trained; biases and norms are not decayed."""
+    decayed: list[Tensor] = []
+    spared: list[Tensor] = []
+    for name, parameter in distiller.named_parameters():
+        if parameter.requires_grad:
+            plain = parameter.ndim < 2 or "norm" in name.lower() or ".ln_" in name
+            (spared if plain else decayed).append(parameter)
+    return torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": config.weight_decay}, {"params": spared, "weight_decay": 0.0}],
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+    )
+
+
+def _freeze_position_embeddings(distiller: Distiller) -> None:
+    found = [
+        module
+        for name, module in distiller.student.named_modules()
+        if name.rpartition(".")[2] in _POSITION_EMBEDDINGS and isinstance(module, nn.Embedding)
+    ]
+    if not found:
+        raise BadInputError(
+            "no-position-embeddings",
+            f"student of type {distiller.student.config.model_type}",
+            hint="only models with learnt positions, such as gpt2, have them: leave freeze_position_embeddings out",
+        )
+    for module in found:
+        module.weight.requires_grad_(False)

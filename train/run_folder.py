@@ -1,0 +1,230 @@
+"""The folder of one training run: who may write there, what the run is, how its student is built, what it measured.
+
+OUT/run.json         settings, cache, student, versions      OUT/checkpoints/   the newest checkpoint
+OUT/student_config/  how to build the student again          OUT/tensorboard/   the metrics as TensorBoard logs
+OUT/metrics.jsonl    one line every few steps                OUT/student/       the student, in the end
+                                                             OUT/result.json    the figures of a finished run
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+
+from cache_spec.durable import TEMPORARY_PREFIX, make_folder, replace_file, writing
+from cache_spec.errors import BadInputError, WouldLoseDataError
+from train.checkpoint import CheckpointError
+from train.student import quiet_transformers
+
+RUN_NAME = "run.json"
+RESULT_NAME = "result.json"
+STUDENT_NAME = "student"
+CHECKPOINTS_NAME = "checkpoints"
+_STUDENT_CONFIG_NAME = "student_config"
+_METRICS_NAME = "metrics.jsonl"
+_LOCK_NAME = ".lock"
+
+
+@contextmanager
+def claimed(out: Path) -> Iterator[None]:
+    """Hold a run folder for this process alone; WouldLoseDataError if another run or other files are there."""
+    _refuse_foreign(out)
+    make_folder(out)
+    lock = FileLock(out / _LOCK_NAME, timeout=0)
+    with writing(out / _LOCK_NAME):
+        try:
+            lock.acquire()
+        except Timeout:  # an OSError too
+            hint = "wait for it, or give another --out"
+            raise WouldLoseDataError("run-in-use", out, found="another training that is running", hint=hint) from None
+    try:
+        _refuse_foreign(out)
+        for folder in (out, out / _STUDENT_CONFIG_NAME):
+            for leftover in folder.glob(f"{TEMPORARY_PREFIX}*.json*"):
+                leftover.unlink(missing_ok=True)
+        yield
+    finally:
+        lock.release()
+
+
+def read_run(out: Path) -> dict[str, Any] | None:
+    """Return what ``run.json`` says, or None where no run was started."""
+    run = _read_json(out / RUN_NAME)
+    if run is not None and not (isinstance(run.get("fingerprint"), str) and isinstance(run.get("settings"), dict)):
+        raise CheckpointError("damaged-run", out / RUN_NAME, expected="a run's fingerprint and settings")
+    return run
+
+
+def write_run(out: Path, content: Mapping[str, Any]) -> None:
+    """Write ``run.json``, with the versions of what computes."""
+    _write_json(out / RUN_NAME, {**content, "versions": _versions()})
+
+
+def finished_result(out: Path) -> dict[str, Any] | None:
+    """Return the result of a run that has ended and whose student is there, else None."""
+    return _read_json(out / RESULT_NAME) if (out / STUDENT_NAME / "config.json").is_file() else None
+
+
+def write_result(out: Path, result: Mapping[str, Any]) -> None:
+    """Write ``result.json``: the last thing a run does."""
+    _write_json(out / RESULT_NAME, result)
+
+
+def save_student_config(out: Path, student: PreTrainedModel, dropout: float | None) -> None:
+    """Keep all that ``rebuild_student`` needs; every dropout of the student is set to ``dropout``, if given."""
+    config = student.config
+    if dropout is not None:
+        names = [name for name, value in config.to_dict().items() if _is_dropout(name, value)]
+        if not names and dropout > 0:
+            hint = "this kind of model has no dropout: leave the setting out"
+            raise BadInputError("no-dropout", f"student of type {config.model_type}", found=f"{dropout}", hint=hint)
+        for name in names:
+            setattr(config, name, dropout)
+    folder = out / _STUDENT_CONFIG_NAME
+    with writing(folder):
+        config.save_pretrained(folder)
+        if student.generation_config is not None:
+            student.generation_config.save_pretrained(folder)
+
+
+def rebuild_student(out: Path) -> PreTrainedModel:
+    """Build the run's student from its saved configuration, float32 on the CPU; its weights are yet to be loaded.
+
+    A fresh run and a resumed one both train the model this returns, so that they cannot differ in anything else.
+    """
+    folder = out / _STUDENT_CONFIG_NAME
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        # A padding row would start at zero and get no gradient, and often it is the token that ends documents.
+        pad_token_id = getattr(config, "pad_token_id", None)
+        config.pad_token_id = None
+        with quiet_transformers():
+            built: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=torch.float32)
+        if (folder / "generation_config.json").is_file():
+            built.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        hint = "it was written when the run started: restore it, or start again in another --out"
+        raise CheckpointError("damaged-run", folder, found=error, hint=hint) from None
+    assert isinstance(built, PreTrainedModel)
+    student: PreTrainedModel = built
+    student.config.pad_token_id = pad_token_id
+    for module in student.modules():
+        if isinstance(module, nn.Embedding):
+            module.padding_idx = None
+    student.config.architectures = [type(student).__name__]
+    student.config._name_or_path = student.name_or_path = ""
+    student.train()
+    return student
+
+
+class Metrics:
+    """``metrics.jsonl`` and TensorBoard of one run, continued after ``last_step``: what came later is dropped."""
+
+    def __init__(self, out: Path, *, last_step: int, tensorboard: bool) -> None:
+        self._path = out / _METRICS_NAME
+        kept = [line for line in read_metrics(out) if line["step"] <= last_step]
+        replace_file(self._path, b"".join(_line(line) for line in kept))
+        # Unbuffered: closing must not fail again after a write did.
+        self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115 (closed by close)
+        self._writer: Any = None
+        if tensorboard:
+            # Slow to import, and not everyone asks for it.
+            from torch.utils.tensorboard import SummaryWriter
+
+            with writing(out):
+                self._writer = SummaryWriter(str(out / "tensorboard"), purge_step=last_step + 1)
+
+    def write(self, content: Mapping[str, float | int]) -> None:
+        """Add one line; ``step`` is its key."""
+        line = _line(content)
+        with writing(self._path):
+            if self._file.write(line) != len(line):
+                raise OSError("the disk took only part of a line")
+            for name in content.keys() - {"step"} if self._writer is not None else ():
+                self._writer.add_scalar(f"train/{name}", content[name], content["step"])
+
+    def sync(self) -> None:
+        """Make all lines durable: a checkpoint must not know more steps than the metrics."""
+        with writing(self._path):
+            os.fsync(self._file.fileno())
+            if self._writer is not None:
+                self._writer.flush()
+
+    def close(self) -> None:
+        """Close both logs."""
+        self._file.close()
+        if self._writer is not None:
+            with writing(self._path):
+                self._writer.close()
+
+
+def read_metrics(out: Path) -> list[dict[str, Any]]:
+    """Return the whole lines of ``metrics.jsonl``; a last line cut short by a kill is left out."""
+    path = out / _METRICS_NAME
+    if not path.is_file():
+        return []
+    lines = path.read_bytes().split(b"\n")[:-1]
+    try:
+        return [json.loads(line) for line in lines]
+    except ValueError as error:
+        raise CheckpointError("damaged-run", path, found=error, hint="remove this file to go on without it") from None
+
+
+def _line(content: Mapping[str, Any]) -> bytes:
+    return json.dumps(content).encode() + b"\n"
+
+
+def _is_dropout(name: str, value: object) -> bool:
+    """Whether a model's setting is the probability of a dropout that language modelling uses."""
+    other = ("summary", "classifier", "layerdrop", "path")
+    return "drop" in name and not any(word in name for word in other) and type(value) in (int, float)
+
+
+def _refuse_foreign(out: Path) -> None:
+    with writing(out):
+        if out.exists() and not out.is_dir():
+            raise WouldLoseDataError("not-a-run", out, expected="a new or empty folder, or a run's", found="a file")
+        if not out.is_dir() or (out / RUN_NAME).is_file():
+            return
+        found = sorted(path.name for path in out.iterdir())
+    foreign = [name for name in found if name != _LOCK_NAME and not name.startswith(TEMPORARY_PREFIX)]
+    if foreign:
+        hint = "give another --out"
+        raise WouldLoseDataError("not-a-run", out, expected="a new or empty folder", found=foreign[0], hint=hint)
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise CheckpointError("damaged-run", path, found=error) from None
+    if not isinstance(content, dict):
+        raise CheckpointError("damaged-run", path, expected="an object")
+    return content
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    replace_file(path, json.dumps(content, indent=2, ensure_ascii=False).encode() + b"\n")
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for name in ("kdpipe", "torch", "transformers", "safetensors", "numpy"):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return versions

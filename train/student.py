@@ -1,0 +1,275 @@
+"""From a cache's small files and a student's description to an initialised causal language model.
+
+In: ``CACHE/teacher/config.json``, the manifest, a description. Out: a float32 ``AutoModelForCausalLM`` with the
+teacher's vocabulary, and a summary for the log and the model card. The teacher model is never built: where layers
+are copied, only their tensors are read from its safetensors files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from huggingface_hub import snapshot_download
+from tokenizers import Tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from cache_spec.errors import BadInputError
+from cache_spec.manifest import Manifest
+from train.student_config import config_key, first_line, layers_config, load_config, refuse_not_causal, student_config
+from train.teacher_layers import (
+    WEIGHT_PATTERNS,
+    check_same_teacher,
+    chosen_layers,
+    layer_list_name,
+    model_of_tensors,
+    read_layers,
+    refuse_incomplete,
+    tensor_files,
+    weights_digest,
+    weights_folder,
+)
+
+logger = logging.getLogger("kdpipe")
+
+_TOKENIZER_PATTERNS = ["tokenizer*", "*.model", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json"]
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+_MAX_HASHED_BYTES = 2 << 30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StudentBuild:
+    """An initialised student and what is worth knowing about it."""
+
+    model: PreTrainedModel
+    """The student, all parameters float32 on the CPU, in training mode."""
+    summary: dict[str, object]
+    """Plain JSON values for the log and the model card; holds no path."""
+
+
+def build_student(
+    *,
+    teacher_folder_in_cache: Path,
+    manifest: Manifest,
+    init: Literal["teacher-layers", "config", "checkpoint"],
+    num_layers: int | None,
+    layer_indices: tuple[int, ...] | None,
+    overrides: Mapping[str, object],
+    teacher: str | None,
+    checkpoint: str | None,
+    seed: int,
+    initializer_range: float | None,
+) -> StudentBuild:
+    """Build a student of the cache's vocabulary: float32, on the CPU, the global random state untouched.
+
+    ``initializer_range`` is the standard deviation of fresh weights; it means nothing where weights are copied.
+    Raises ``BadInputError`` of kind ``bad-student-config``, ``unknown-key``, ``not-a-causal-lm``,
+    ``student-vocabulary``, ``student-positions``, ``cannot-copy-layers``, ``other-teacher``, ``unknown-teacher``,
+    ``teacher-not-safetensors``, ``unreadable-weights``, ``unreadable-config`` or ``unknown-checkpoint``.
+    """
+    config = load_config(teacher_folder_in_cache, "unreadable-config")
+    summary: dict[str, object] = {"init": init, "seed": seed}
+    with quiet_transformers(), torch.random.fork_rng(devices=[]):
+        # The CPU generator alone: torch.manual_seed would reseed every accelerator too.
+        torch.default_generator.manual_seed(seed)
+        if init == "teacher-layers":
+            layers = chosen_layers(config.num_hidden_layers, num_layers, layer_indices)
+            model = _from_teacher_layers(config, manifest, layers, overrides, teacher, summary)
+        elif init == "config":
+            if num_layers is not None:
+                overrides = {**overrides, "num_hidden_layers": num_layers}
+            if initializer_range is not None:
+                overrides = {**overrides, "initializer_range": initializer_range}
+            student, derived = student_config(config, manifest.tokenizer.eos_token_id, overrides)
+            summary["derived_sizes"] = derived
+            model = _without_padding_row(student, _fresh_model)
+        else:
+            tokenizer_folder = teacher_folder_in_cache.parent / "tokenizer"
+            model = _from_checkpoint(checkpoint, tokenizer_folder, manifest, summary)
+        vocabulary_rows = _check_student(model, manifest)
+    model.config.architectures = [type(model).__name__]
+    model.config._name_or_path = model.name_or_path = ""
+    summary |= {
+        "architecture": type(model).__name__,
+        "num_parameters": sum(p.numel() for p in model.parameters()),
+        "num_layers": model.config.num_hidden_layers,
+        "hidden_size": model.config.hidden_size,
+        "vocabulary_rows": vocabulary_rows,
+    }
+    logger.info("student: %s", ", ".join(f"{key} {value}" for key, value in summary.items()))
+    return StudentBuild(model=model.train(), summary=summary)
+
+
+def public_name(name: str) -> str:
+    """A model's name without the folders above it, so that no local path is published; hub names stay."""
+    path = Path(name)
+    local = path.is_absolute() or name.startswith((".", "~")) or path.is_dir() or len(path.parts) > 2
+    return path.expanduser().resolve().name if local else name
+
+
+def _from_teacher_layers(
+    config: PreTrainedConfig,
+    manifest: Manifest,
+    layers: tuple[int, ...],
+    overrides: Mapping[str, object],
+    teacher: str | None,
+    summary: dict[str, object],
+) -> PreTrainedModel:
+    student = layers_config(config, layers, overrides)
+    folder = weights_folder(teacher, manifest.teacher)
+    check_same_teacher(config, folder)
+    source = public_name(teacher or manifest.teacher.name)
+    summary |= {"source": source, "layers": list(layers)}
+    files = tensor_files(folder)
+    # Copied layers are only a start, so another fine-tune of the same shape is said, not refused. The digest of a
+    # cache made from GGUF is that of another file.
+    small = sum(path.stat().st_size for path in files) <= _MAX_HASHED_BYTES
+    if small and not manifest.teacher.name.endswith(".gguf"):
+        same = weights_digest(files) == manifest.teacher.weights_sha256
+        summary["source_weights"] = "those of the cache's teacher" if same else "not those of the cache's teacher"
+        if not same:
+            logger.warning("layers are copied from %s, whose weights differ from the cache's teacher", source)
+    with torch.device("meta"):
+        skeleton = _fresh_model(student)
+    tensors = read_layers(folder, layer_list_name(skeleton, len(layers)), layers)
+    return _without_padding_row(student, lambda config: model_of_tensors(type(skeleton), config, tensors))
+
+
+def _from_checkpoint(
+    checkpoint: str | None, tokenizer_folder: Path, manifest: Manifest, summary: dict[str, object]
+) -> PreTrainedModel:
+    if checkpoint is None:
+        raise BadInputError("bad-student-config", "checkpoint", expected="a folder or hub name", found="nothing")
+    folder = Path(checkpoint).expanduser()
+    try:
+        if not folder.is_dir():
+            folder = Path(snapshot_download(checkpoint, allow_patterns=WEIGHT_PATTERNS + _TOKENIZER_PATTERNS))
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        refuse_not_causal(config)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    except BadInputError:
+        raise
+    except Exception as error:
+        hint = "a folder or hub name of a causal language model in safetensors"
+        raise BadInputError("unknown-checkpoint", checkpoint, found=first_line(error), hint=hint) from None
+    model, info = loaded
+    refuse_incomplete(info, "unreadable-weights")
+    if any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        _check_same_vocabulary(folder, tokenizer_folder)
+    summary["source"] = public_name(checkpoint)
+    assert isinstance(model, PreTrainedModel)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Embedding):
+            module.padding_idx = None  # see _without_padding_row
+    return model
+
+
+def _check_same_vocabulary(folder: Path, tokenizer_folder: Path) -> None:
+    vocabularies = []
+    for place in (folder, tokenizer_folder):
+        try:
+            vocabularies.append(_vocabulary(place))
+        except Exception as error:
+            raise BadInputError("student-vocabulary", place, found=f"no tokenizer: {first_line(error)}") from None
+    student, teacher = vocabularies
+    if student != teacher:
+        differing = {token for token, _ in student.items() ^ teacher.items()}
+        expected, found = f"the cache's {len(teacher)} tokens", f"{len(student)} tokens, {len(differing)} differ"
+        raise BadInputError("student-vocabulary", folder, expected=expected, found=found)
+
+
+def _vocabulary(folder: Path) -> dict[str, int]:
+    # The file itself where there is one: beside some configs AutoTokenizer takes another class than the file's.
+    if (folder / "tokenizer.json").is_file():
+        return Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab(with_added_tokens=True)
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    return dict(tokenizer.get_vocab())
+
+
+def _check_student(model: Any, manifest: Manifest) -> int:
+    """Refuse what cannot learn from the cache; returns the rows of the student's output head."""
+    teacher, head, embedding = manifest.teacher, model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None or embedding is None:
+        raise BadInputError("not-a-causal-lm", type(model).__name__, found="no output head")
+    for rows in (head.weight.shape[0], embedding.weight.shape[0]):
+        if rows not in (teacher.vocab_size, teacher.padded_vocab_size):
+            expected = " or ".join(str(n) for n in sorted({teacher.vocab_size, teacher.padded_vocab_size}))
+            raise BadInputError("student-vocabulary", "rows of the student's vocabulary", expected=expected, found=rows)
+    positions, block_tokens = getattr(model.config, "max_position_embeddings", None), manifest.blocks.block_tokens
+    if isinstance(positions, int) and positions < block_tokens:
+        place = config_key(model.config, "max_position_embeddings")
+        raise BadInputError(
+            "student-positions", place, expected=f"at least {block_tokens}, the cache's block", found=positions
+        )
+    ids_BT = torch.arange(min(4, block_tokens))[None] % teacher.vocab_size
+    changed_BT = ids_BT.clone()
+    changed_BT[0, -1] = (changed_BT[0, -1] + 1) % teacher.vocab_size
+    try:
+        with torch.no_grad():
+            model.eval()
+            logits_BTV, changed_logits_BTV = (model(input_ids=ids).logits for ids in (ids_BT, changed_BT))
+    except Exception as error:  # sizes that do not fit together show in some architectures only here
+        raise BadInputError("bad-student-config", "forward pass", found=first_line(error)) from None
+    change = (logits_BTV - changed_logits_BTV)[:, :-1].abs().max()
+    if change > 1e-5 * logits_BTV.abs().max():
+        raise BadInputError(
+            "not-a-causal-lm", type(model).__name__, expected="logits of the tokens before", found="it reads ahead"
+        )
+    return int(head.weight.shape[0])
+
+
+def _fresh_model(config: PreTrainedConfig) -> PreTrainedModel:
+    auto_model: Any = AutoModelForCausalLM
+    try:
+        model = auto_model.from_config(config, trust_remote_code=False, dtype=torch.float32)
+    except Exception as error:
+        raise BadInputError("bad-student-config", config.model_type, found=first_line(error)) from None
+    assert isinstance(model, PreTrainedModel)
+    return model
+
+
+def _without_padding_row(
+    config: PreTrainedConfig, build: Callable[[PreTrainedConfig], PreTrainedModel]
+) -> PreTrainedModel:
+    """Build a model whose every embedding learns.
+
+    Architectures pass ``pad_token_id`` to their embedding as the row that starts at zero and gets no gradient.
+    Blocks hold no padding among their real tokens, and often that id is the one that ends each document.
+    """
+    pad = getattr(config, "pad_token_id", None)
+    config.pad_token_id = None
+    model = build(config)
+    model.config.pad_token_id = pad
+    if model.generation_config is not None:
+        model.generation_config.pad_token_id = pad
+    return model
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep loading bars and reports off the terminal: what matters of them is raised as an error here."""
+    settings: Any = transformers_logging
+    verbosity, bars = settings.get_verbosity(), settings.is_progress_bar_enabled()
+    settings.set_verbosity_error()
+    settings.disable_progress_bar()
+    try:
+        yield
+    finally:
+        settings.set_verbosity(verbosity)
+        if bars:
+            settings.enable_progress_bar()
