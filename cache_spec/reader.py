@@ -40,7 +40,7 @@ class TargetBatch:
     log_tail_mass_BT: Array
     """float32, at the asked temperature; -inf for an empty tail."""
     hidden_BWD: Array | None
-    """float16, or None where the cache keeps no hidden states."""
+    """float16, or None where the cache keeps no hidden states or they were not asked for."""
 
 
 class ShardFile:
@@ -126,7 +126,7 @@ class CacheReader:
             raise CacheError("bad-length", f"{self.path} block_lengths", found=lengths.max())
         return lengths
 
-    def batch(self, blocks: Sequence[int] | Array, temperature: float) -> TargetBatch:
+    def batch(self, blocks: Sequence[int] | Array, temperature: float, *, with_hidden: bool = True) -> TargetBatch:
         """Decoded targets of ``blocks`` at a declared temperature; BadInputError for any other."""
         at = self.manifest.temperature_index(temperature)
         log_normaliser, log_tail_mass = (
@@ -144,7 +144,7 @@ class CacheReader:
             ),
             log_normaliser_BT=log_normaliser,
             log_tail_mass_BT=log_tail_mass,
-            hidden_BWD=self.read("hidden", blocks) if self.manifest.hidden else None,
+            hidden_BWD=self.read("hidden", blocks) if self.manifest.hidden and with_hidden else None,
         )
 
     def _ids(self, name: str, blocks: Sequence[int] | Array) -> Array:

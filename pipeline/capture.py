@@ -46,15 +46,12 @@ from pipeline.blocks import StagedBlocks, stage_blocks
 from pipeline.config import CaptureConfig
 from pipeline.corpus import Corpus, resolve
 from pipeline.targets import encode_batch
-from pipeline.teacher import (
-    Teacher,
+from pipeline.teacher import Teacher, load_teacher, pick_device, pick_dtype
+from pipeline.teacher_files import (
     TeacherFiles,
     check_block_tokens,
     describe_teacher,
-    load_teacher,
     load_tokenizer,
-    pick_device,
-    pick_dtype,
     resolve_teacher,
     save_teacher_description,
 )
@@ -137,13 +134,12 @@ def exclusive(out: Path) -> Iterator[None]:
         raise WouldLoseDataError("not-a-cache", out, expected="an empty folder or a cache", found=sorted(foreign)[0])
     make_folder(out)
     lock = filelock.FileLock(out / LOCK_NAME)
-    try:
-        with writing(out):
+    with writing(out):
+        try:
             lock.acquire(timeout=0)
-    except filelock.Timeout:
-        raise WouldLoseDataError(
-            "cache-in-use", out, hint="another process is writing it; wait for it, or stop it"
-        ) from None
+        except filelock.Timeout:
+            hint = "another process is writing it; wait for it, or stop it"
+            raise WouldLoseDataError("cache-in-use", out, hint=hint) from None
     try:
         yield
     finally:
@@ -154,7 +150,8 @@ def refuse_differences(existing: Manifest, source: Source) -> None:
     """Refuse to go on in a cache made with settings that would change its bytes."""
     # The text is not tokenised yet: equal sources and settings give equal tokens, so the old counts stand in.
     corpus = existing.corpus.model_copy(update={"sources": source.corpus.sources})
-    found = differences(existing, _manifest(source, corpus, existing.blocks.num_blocks))
+    wanted = existing.model_copy(update=_content(source, corpus, existing.blocks.num_blocks))
+    found = differences(existing, wanted)
     if found:
         raise WouldLoseDataError(
             "other-settings",
@@ -164,31 +161,36 @@ def refuse_differences(existing: Manifest, source: Source) -> None:
         )
 
 
-def _manifest(source: Source, corpus: CorpusInfo, num_blocks: int) -> Manifest:
+def _content(source: Source, corpus: CorpusInfo, num_blocks: int) -> dict[str, Any]:
+    """The parts of a manifest that its fingerprint covers."""
     config = source.config
-    return Manifest(
-        teacher=source.teacher,
-        tokenizer=source.tokenizer,
-        corpus=corpus.model_copy(update={"text_field": config.text_field}),
-        blocks=BlocksInfo(
+    return {
+        "teacher": source.teacher,
+        "tokenizer": source.tokenizer,
+        "corpus": corpus.model_copy(update={"text_field": config.text_field}),
+        "blocks": BlocksInfo(
             num_blocks=num_blocks,
             block_tokens=config.block_tokens,
             shard_blocks=config.shard_blocks,
             last_block=config.last_block,
             limit_tokens=config.limit_tokens,
         ),
-        encoding=EncodingInfo(name="topk", k=config.k, step_nats=DEFAULT_STEP_NATS),
-        temperatures=config.temperatures,
-        hidden=HiddenInfo(window=config.hidden_window) if config.hidden_window else None,
-        compute=source.compute,
-        files={},
-        provenance={
-            **{name: version(name) for name in ("kdpipe", "torch", "transformers", "tokenizers", "zarr", "numcodecs")},
-            "python": platform.python_version(),
-            "machine": f"{platform.system()} {platform.machine()}",
-            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        },
-    )
+        "encoding": EncodingInfo(name="topk", k=config.k, step_nats=DEFAULT_STEP_NATS),
+        "temperatures": config.temperatures,
+        "hidden": HiddenInfo(window=config.hidden_window) if config.hidden_window else None,
+        "compute": source.compute,
+    }
+
+
+def _manifest(source: Source, corpus: CorpusInfo, num_blocks: int) -> Manifest:
+    libraries = ("kdpipe", "torch", "transformers", "tokenizers", "zarr", "numcodecs")
+    provenance = {
+        **{name: version(name) for name in libraries},
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}",
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+    return Manifest(**_content(source, corpus, num_blocks), files={}, provenance=provenance)
 
 
 def draft_manifest(source: Source, *, num_blocks: int) -> Manifest:
@@ -285,21 +287,22 @@ def capture_shard(
     if read_receipt(cache, manifest, shard) is not None:
         return
     first, count = manifest.blocks.shard_range(shard)
+    batch = manifest.compute.batch_blocks
     parts = []
-    for start in range(first, first + count, manifest.compute.batch_blocks):
-        num_blocks = min(manifest.compute.batch_blocks, first + count - start)
-        parts.append(encode_blocks(manifest, staged, teacher, start, num_blocks))
+    for start in range(first, first + count, batch):
+        num_blocks = min(batch, first + count - start)
+        ids_BT, lengths_B = staged.read(start, num_blocks), staged.lengths(start, num_blocks)
+        parts.append(encode_blocks(manifest, teacher, ids_BT, lengths_B, start))
         on_tokens(num_blocks * manifest.blocks.block_tokens)
     rows = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     commit_shard(cache, manifest, shard, rows)
 
 
 def encode_blocks(
-    manifest: Manifest, staged: StagedBlocks, teacher: Teacher, first: int, num_blocks: int
+    manifest: Manifest, teacher: Teacher, ids_BT: Array, lengths_B: Array, first_block: int
 ) -> dict[str, Array]:
-    """All arrays of ``num_blocks`` blocks from ``first`` on, computed in the one static batch shape of the cache."""
-    ids_BT = staged.read(first, num_blocks)
-    lengths_B = staged.lengths(first, num_blocks)
+    """All arrays of at most one batch of blocks, computed in the one static batch shape of the cache."""
+    num_blocks = len(ids_BT)
     missing = manifest.compute.batch_blocks - num_blocks
     if missing:
         # A smaller batch could round differently; repeating a block keeps the shape, and is cut off again.
@@ -313,7 +316,7 @@ def encode_blocks(
         step_nats=manifest.encoding.step_nats,
         temperatures=manifest.temperatures,
         window=manifest.hidden.window if manifest.hidden else None,
-        first_block=first,
+        first_block=first_block,
     )
     return {name: rows[:num_blocks] for name, rows in arrays.items()}
 

@@ -52,8 +52,12 @@ def cache_teacher(config: CaptureConfig, dry_run: bool, as_json: bool) -> None:
 
 @click.command()
 @cache_argument
+@click.option("--deep", is_flag=True, help="Also run the teacher again on a few random batches and compare.")
+@click.option("--teacher", metavar="TEXT", help="Where the teacher lies now, for --deep.  [default: the cache's name]")
+@click.option("--gguf-file", metavar="TEXT", help="GGUF file inside the teacher's folder, for --deep.")
+@click.option("--batches", type=click.IntRange(1), default=4, show_default=True, help="Batches to compare, for --deep.")
 @as_json
-def verify(cache: Path, as_json: bool) -> int:
+def verify(cache: Path, deep: bool, teacher: str | None, gguf_file: str | None, batches: int, as_json: bool) -> int:
     """Report every problem of a cache.
 
     Reads every byte; exits with 3 if anything is wrong.
@@ -64,6 +68,10 @@ def verify(cache: Path, as_json: bool) -> int:
 
     with tqdm(unit="shard", desc="verify", disable=as_json or None) as bar:
         problems = verify_cache(cache, lambda shard: bar.update())
+    if deep and not problems:
+        from pipeline.recompute import compare_with_teacher
+
+        problems = compare_with_teacher(cache, teacher, gguf_file=gguf_file, num_batches=batches)
     facts: dict[str, Any] = {"cache": str(cache), "problems": [problem._asdict() for problem in problems]}
     emit(as_json, facts, [*map(str, problems), f"{cache}: {len(problems)} problem(s)"])
     return EXIT_BAD_INPUT if problems else 0
@@ -92,7 +100,7 @@ def train_student(config: TrainConfig, dry_run: bool, as_json: bool) -> None:
     from train.loop import plan, train
 
     result = plan(config) if dry_run else train(config, quiet=as_json)
-    emit(as_json, result, [f"{name:<24}{value}" for name, value in result.items()])
+    emit(as_json, result, [f"{name:<18}{_shown(value)}" for name, value in result.items()])
 
 
 @click.command()
@@ -115,3 +123,7 @@ def demo(out: Path, as_json: bool) -> None:
 
     facts, lines = run_demo(out, quiet=as_json)
     emit(as_json, facts, lines)
+
+
+def _shown(value: object) -> str:
+    return f"{value:,.4f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)

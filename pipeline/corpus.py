@@ -9,23 +9,19 @@ from __future__ import annotations
 
 import glob
 import hashlib
-import io
-import json
 import logging
 import re
-import shutil
-import tempfile
-from codecs import BOM_UTF8, getincrementaldecoder
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import chain, takewhile
 from pathlib import Path, PurePath
-from typing import IO, TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from cache_spec.errors import BadInputError
 from cache_spec.manifest import SourceInfo
+from pipeline.failures import first_line
+from pipeline.textfiles import READERS, Record, file_info, reader_of, text_of
 
 if TYPE_CHECKING:
     from pipeline.demo_text import Split
@@ -33,13 +29,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("kdpipe")
 
 PIECE_CHARS = 1 << 16
-READ_BYTES = 1 << 16
-CODECS = {".gz": "gzip", ".zst": "zstd"}
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", re.ASCII)
 PYTHON_DOCS = "python-docs"
-
-Record = tuple[str, Iterable[str] | None]
-"""Where a document lies, for messages; and its text in chunks of any size, or None where the field is null."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +138,7 @@ def _find(text: str, text_field: str, split: str) -> Iterator[Source]:
         yield _file(path, path.name, text_field)
     elif glob.has_magic(text):
         yield from _matches(text, text_field)
-    elif HUB_NAME.fullmatch(text) and not _reader(path):
+    elif HUB_NAME.fullmatch(text) and not reader_of(path):
         yield _hub(text, text_field, split)
     else:
         raise _unknown(text, "no such file or folder")
@@ -158,21 +149,14 @@ def _unknown(text: str, found: str) -> BadInputError:
     return BadInputError("unknown-text", text, found=found, hint=hint)
 
 
-def _reader(path: PurePath) -> Callable[[Path, str], Iterator[Record]] | None:
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes and suffixes[-1] in CODECS:
-        suffixes.pop()
-    return READERS.get(suffixes[-1]) if suffixes else None
-
-
 def _file(path: Path, name: str, text_field: str) -> Source:
-    reader = _reader(path)
+    reader = reader_of(path)
     if reader is None:
         expected = "one of " + ", ".join(READERS) + ", each also .gz or .zst"
         raise BadInputError("unsupported-text", path, expected=expected, found=path.suffix or "no suffix")
     if path.is_file() and not path.stat().st_size:
         raise BadInputError("no-text", path, found="an empty file")
-    return Source(info=partial(_file_info, path, name), records=partial(reader, path, text_field))
+    return Source(info=partial(file_info, path, name), records=partial(reader, path, text_field))
 
 
 def _folder(folder: Path, text_field: str, split: str) -> Iterator[Source]:
@@ -200,7 +184,7 @@ def _folder(folder: Path, text_field: str, split: str) -> Iterator[Source]:
 
 
 def _is_text(path: Path, name: PurePath) -> bool:
-    return not any(part.startswith(".") for part in name.parts) and path.is_file() and _reader(path) is not None
+    return not any(part.startswith(".") for part in name.parts) and path.is_file() and reader_of(path) is not None
 
 
 def _matches(pattern: str, text_field: str) -> Iterator[Source]:
@@ -212,150 +196,14 @@ def _matches(pattern: str, text_field: str) -> Iterator[Source]:
         yield _file(path, path.relative_to(root).as_posix(), text_field)
 
 
-def _file_info(path: Path, name: str) -> SourceInfo:
-    with _opened(path, plain=True) as file:
-        digest = hashlib.file_digest(file, "sha256")
-        return SourceInfo(name=name, num_bytes=file.tell(), sha256=digest.hexdigest())
-
-
 def _saved_info(folder: Path) -> SourceInfo:
     digest, num_bytes = hashlib.sha256(), 0
     for path in sorted(folder.iterdir()):
         if path.suffix == ".arrow" or path.name == "state.json":
-            info = _file_info(path, path.name)
+            info = file_info(path, path.name)
             digest.update(f"{info.name}\0{info.sha256}\n".encode())
             num_bytes += info.num_bytes
     return SourceInfo(name=folder.name, num_bytes=num_bytes, sha256=digest.hexdigest())
-
-
-@contextmanager
-def _opened(path: Path, *, plain: bool = False) -> Iterator[io.BufferedReader]:
-    """Open a file for its bytes, decompressed unless ``plain``; read errors become ours."""
-    codec = None if plain else CODECS.get(path.suffix.lower())
-    try:
-        if codec is None:
-            with path.open("rb") as file:
-                yield file
-        else:
-            # pyarrow says so where a compressed file ends too early; the zstandard package returns less in silence.
-            import pyarrow
-
-            with io.BufferedReader(pyarrow.input_stream(str(path), compression=codec), READ_BYTES) as stream:
-                yield stream
-    except OSError as error:
-        kind = "cannot-read" if error.errno else "broken-file"
-        raise BadInputError(kind, path, found=error.strerror or _first_line(error)) from error
-
-
-def _text_file(path: Path, text_field: str) -> Iterator[Record]:
-    yield str(path), _decoded(path)
-
-
-def _decoded(path: Path) -> Iterator[str]:
-    decoder = getincrementaldecoder("utf-8")()
-    with _opened(path) as file:
-        first = file.read(READ_BYTES)
-        position = len(BOM_UTF8) if first.startswith(BOM_UTF8) else 0
-        data = first[position:]
-        while True:
-            num_pending = len(decoder.getstate()[0])
-            try:
-                text = decoder.decode(data, final=not data)
-            except UnicodeDecodeError as error:
-                place = f"{path}, byte {position - num_pending + error.start}"
-                raise BadInputError("invalid-utf8", place, expected="UTF-8 text", found=error.reason) from None
-            if not data:
-                return
-            position += len(data)
-            yield text
-            data = file.read(READ_BYTES)
-
-
-def _json_lines(path: Path, text_field: str) -> Iterator[Record]:
-    with _opened(path) as file:
-        for number, line in enumerate(file, 1):
-            data = line.removeprefix(BOM_UTF8) if number == 1 else line
-            if data.isspace():
-                continue
-            place = f"{path}, line {number}"
-            try:
-                row = json.loads(data.decode())
-            except UnicodeDecodeError as error:
-                found = f"{error.reason} at byte {error.start} of the line"
-                raise BadInputError("invalid-utf8", place, expected="UTF-8 text", found=found) from None
-            except (ValueError, RecursionError) as error:
-                raise BadInputError("broken-json", place, expected="one JSON object a line", found=error) from None
-            if not isinstance(row, dict):
-                found = type(row).__name__
-                raise BadInputError("bad-record", place, expected="one JSON object a line", found=found)
-            yield place, _field(row, text_field, place)
-
-
-def _parquet_rows(path: Path, text_field: str) -> Iterator[Record]:
-    import pyarrow
-    from pyarrow import parquet
-
-    place, number = str(path), 0
-    with _opened(path) as stream, _seekable(path, stream) as file:
-        try:
-            table = parquet.ParquetFile(file, buffer_size=READ_BYTES, pre_buffer=False)
-            if text_field not in table.schema_arrow.names:
-                raise _missing_field(place, text_field, table.schema_arrow.names)
-            for batch in table.iter_batches(batch_size=256, columns=[text_field]):
-                for value in batch.column(0):
-                    number += 1
-                    place = f"{path}, row {number}"
-                    yield place, _field({text_field: value.as_py()}, text_field, place)
-        except UnicodeDecodeError as error:
-            raise BadInputError("invalid-utf8", place, expected="UTF-8 text", found=error.reason) from None
-        except pyarrow.ArrowException as error:
-            raise BadInputError("broken-file", place, expected="Parquet", found=_first_line(error)) from None
-
-
-@contextmanager
-def _seekable(path: Path, stream: io.BufferedReader) -> Iterator[IO[bytes]]:
-    """The stream itself, or a temporary file where it is decompressed: Parquet keeps its directory at the end."""
-    if path.suffix.lower() not in CODECS:
-        yield stream
-        return
-    with tempfile.TemporaryFile() as spool:
-        shutil.copyfileobj(stream, spool)
-        yield spool
-
-
-READERS: Mapping[str, Callable[[Path, str], Iterator[Record]]] = {
-    ".jsonl": _json_lines,
-    ".json": _json_lines,
-    ".parquet": _parquet_rows,
-    ".txt": _text_file,
-}
-
-
-def _field(row: Mapping[str, object], text_field: str, place: str) -> tuple[str] | None:
-    if text_field not in row:
-        raise _missing_field(place, text_field, row)
-    value = row[text_field]
-    if value is None:
-        return None
-    if not isinstance(value, str):
-        expected = f"a string in field {text_field!r}"
-        raise BadInputError("wrong-field-type", place, expected=expected, found=type(value).__name__)
-    try:
-        if not value.isascii():
-            value.encode()
-    except UnicodeEncodeError as error:
-        found = f"half of a surrogate pair at character {error.start}"
-        raise BadInputError("invalid-utf8", place, expected="text that UTF-8 can hold", found=found) from None
-    return (value,)
-
-
-def _missing_field(place: str, text_field: str, names: Iterable[str]) -> BadInputError:
-    found = ", ".join(list(names)[:20]) or "no field"
-    return BadInputError("missing-field", place, expected=f"a field {text_field!r}", found=found[:400])
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _python_docs(text: str) -> Source:
@@ -388,7 +236,7 @@ def _saved_rows(folder: Path, text_field: str) -> Iterator[Record]:
     try:
         rows = datasets.load_from_disk(str(folder))
     except Exception as error:
-        raise BadInputError("broken-file", folder, expected="a saved data set", found=_first_line(error)) from error
+        raise BadInputError("broken-file", folder, expected="a saved data set", found=first_line(error)) from error
     return _rows(rows, str(folder), text_field)
 
 
@@ -418,7 +266,7 @@ def _hub(text: str, text_field: str, split: str) -> Source:
         streaming = revision is not None
         rows = datasets.load_dataset(name, config or None, split=split, streaming=streaming, revision=revision)
     except Exception as error:
-        raise _unknown(f"{text}, split {split}", _first_line(error)) from error
+        raise _unknown(f"{text}, split {split}", first_line(error)) from error
     facts = f"{text}\n{split}\n{revision or rows._fingerprint}"
     digest = hashlib.sha256(facts.encode()).hexdigest()
     info = SourceInfo(name=f"{text}, split {split}", num_bytes=0, sha256=digest)
@@ -436,5 +284,5 @@ def _rows(rows: Any, name: str, text_field: str) -> Iterator[Record]:
         except StopIteration:
             return
         except Exception as error:  # a stream can fail in as many ways as there are formats and networks
-            raise BadInputError("cannot-read", place, found=_first_line(error)) from error
-        yield place, _field(row, text_field, place)
+            raise BadInputError("cannot-read", place, found=first_line(error)) from error
+        yield place, text_of(row, text_field, place)

@@ -15,10 +15,10 @@ import numpy as np
 from cache_spec.errors import BadInputError
 from cache_spec.layout import array_specs
 from cache_spec.shardfile import encode_shard
-from pipeline.capture import Source, draft_manifest, resolve_source
+from pipeline.capture import Source, draft_manifest, encode_blocks, resolve_source
 from pipeline.config import CaptureConfig
-from pipeline.targets import encode_batch
-from pipeline.teacher import load_teacher, load_tokenizer
+from pipeline.teacher import load_teacher
+from pipeline.teacher_files import load_tokenizer
 
 _SAMPLE_CHARS = 1 << 20
 _COUNTED_CHARS = 1 << 28
@@ -36,16 +36,7 @@ def estimate(config: CaptureConfig) -> dict[str, Any]:
     teacher = load_teacher(source.files, device=config.device, dtype=config.dtype)
     manifest = draft_manifest(source, num_blocks=config.batch_blocks)
     start = time.perf_counter()
-    arrays = encode_batch(
-        teacher,
-        ids_BT.astype(manifest.id_dtype),
-        lengths_B,
-        k=config.k,
-        step_nats=manifest.encoding.step_nats,
-        temperatures=config.temperatures,
-        window=config.hidden_window or None,
-        first_block=0,
-    )
+    arrays = encode_blocks(manifest, teacher, ids_BT.astype(manifest.id_dtype), lengths_B, 0)
     seconds = time.perf_counter() - start
     specs = array_specs(manifest)
     bytes_per_token = {

@@ -20,7 +20,8 @@ from cache_spec.manifest import Manifest
 from pipeline.blocks import StagedBlocks
 from pipeline.capture import capture_shard
 from pipeline.config import CaptureConfig
-from pipeline.teacher import Teacher, TeacherFiles, load_teacher
+from pipeline.teacher import Teacher, load_teacher
+from pipeline.teacher_files import TeacherFiles
 
 _IN_FLIGHT_PER_WORKER = 2
 
@@ -36,9 +37,12 @@ def capture_on_workers(
     todo: list[int],
     on_tokens: Callable[[int], object],
 ) -> None:
-    """Commit every shard of ``todo`` on ``config.workers`` processes; the first failure is raised after the rest."""
+    """Commit every shard of ``todo`` on ``config.workers`` processes.
+
+    A failed shard spares the rest; then the lowest one's error is raised.
+    """
     threads = max(1, (os.cpu_count() or 1) // config.workers)
-    failures: list[BaseException] = []
+    failures: dict[int, BaseException] = {}
     with (
         LocalCluster(
             n_workers=min(config.workers, len(todo)),
@@ -56,7 +60,7 @@ def capture_on_workers(
         def submit(count: int) -> Iterator[object]:
             for shard in islice(shards, count):
                 yield client.submit(
-                    _capture_task, files, config, manifest, staged, shard, threads, key=f"shard-{shard}", pure=False
+                    _capture_task, files, config, manifest, staged, shard, threads, key=("shard", shard), pure=False
                 )
 
         running = as_completed(submit(_IN_FLIGHT_PER_WORKER * config.workers))
@@ -65,14 +69,14 @@ def capture_on_workers(
             if error is None:
                 on_tokens(future.result())
             else:
-                failures.append(error)
+                failures[future.key[1]] = error
             for next_future in submit(1):
                 running.add(next_future)
     if failures:
-        first = failures[0]
+        first = failures[min(failures)]
         if isinstance(first, KdpipeError):
             raise first
-        raise KdpipeError("worker-failed", f"{len(failures)} of {len(todo)} shards", found=first) from first
+        raise KdpipeError("worker-failed", f"shards {sorted(failures)}", found=first) from first
 
 
 def _capture_task(

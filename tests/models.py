@@ -19,27 +19,39 @@ SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "v
 LLAMA = {**SIZES, "intermediate_size": 48, "num_key_value_heads": 1, "max_position_embeddings": 64}
 TOKENS = {"bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 1}
 FAMILIES: dict[str, dict[str, Any]] = {
-    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64, "vocab_size": ROWS, **TOKENS},
+    "gpt2": {**SIZES, **TOKENS, "max_position_embeddings": 64},
     "llama": {**LLAMA, **TOKENS, "tie_word_embeddings": False},
     "gpt_neox": {**SIZES, **TOKENS, "intermediate_size": 48, "max_position_embeddings": 64},
     "qwen2": {**LLAMA, **TOKENS, "tie_word_embeddings": True},
 }
 
 
-def make_tokenizer(vocab_size: int, eos: str | None = "<eos>") -> Any:
-    """A tokenizer whose word ``wN`` is token N; 0 is unknown, 1 ends a document."""
-    vocab = {"<unk>": 0, "<eos>": 1} | {f"w{i}": i for i in range(2, vocab_size)}
+def make_tokenizer(vocab_size: int, eos: str | None = "<eos>", *, backwards: bool = False) -> Any:
+    """A tokenizer whose word ``wN`` is token N, or the N-th from the end; 0 is unknown, 1 ends a document."""
+    words = range(2, vocab_size)
+    vocab = {"<unk>": 0, "<eos>": 1} | {
+        f"w{i}": n for i, n in zip(words, words[:: -1 if backwards else 1], strict=True)
+    }
     backend = Tokenizer(models.WordLevel(vocab=vocab, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token=eos)
 
 
-def make_model(family: str, **changes: Any) -> Any:
-    """A seeded random causal language model."""
+def make_model(family: str, *, std: float | None = None, **changes: Any) -> Any:
+    """A seeded random causal language model; settings may have the architecture's own names or the common ones.
+
+    ``std`` draws every parameter anew from a normal distribution: norms and biases too, so that a mix-up shows.
+    """
     torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(family, **FAMILIES.get(family, LLAMA | TOKENS), **changes)
+    settings = FAMILIES.get(family, LLAMA | TOKENS) | changes
+    own_names = transformers.AutoConfig.for_model(family).attribute_map
+    config = transformers.AutoConfig.for_model(family, **{own_names.get(key, key): settings[key] for key in settings})
     auto: Any = transformers.AutoModelForCausalLM
-    return auto.from_config(config)
+    model = auto.from_config(config)
+    if std is not None:
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=std)
+    return model
 
 
 def make_folder(folder: Path, family: str = "gpt2", vocab_size: int = 100, spread: float = 1.0, **changes: Any) -> Path:

@@ -74,6 +74,7 @@ def make_manifest(
     teacher_name: str = "tiny-teacher",
     model_type: str = "gpt2",
     num_layers: int = 2,
+    weights_sha256: str = "1" * 64,
 ) -> Manifest:
     """A consistent manifest of a made-up teacher."""
     return Manifest(
@@ -81,7 +82,7 @@ def make_manifest(
             name=teacher_name,
             revision=None,
             model_type=model_type,
-            weights_sha256="1" * 64,
+            weights_sha256=weights_sha256,
             vocab_size=vocab_size,
             padded_vocab_size=padded_vocab_size or vocab_size,
             hidden_size=hidden_size,

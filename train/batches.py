@@ -12,29 +12,16 @@ import queue
 import threading
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cache_spec.manifest import Manifest
-from cache_spec.reader import TargetBatch
+from cache_spec.reader import CacheReader, TargetBatch
 from train.distiller import DistilBatch, TermCounts, count_terms
 from train.order import EpochOrder, IndexArray
 
 READ_AHEAD = 2
-
-
-class BlockReader(Protocol):
-    """What training needs of a cache."""
-
-    @property
-    def manifest(self) -> Manifest: ...
-
-    def lengths(self, blocks: IndexArray) -> np.ndarray: ...
-
-    def batch(self, blocks: IndexArray, temperature: float) -> TargetBatch: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +76,7 @@ class MicroBatch:
 
 
 def micro_batches(
-    reader: BlockReader,
+    reader: CacheReader,
     plan: StepPlan,
     *,
     first_step: int,
@@ -123,13 +110,13 @@ def micro_batches(
                 step=step,
                 epoch=epoch,
                 blocks=blocks,
-                batch=to_tensors(reader.batch(blocks, temperature), with_hidden=with_hidden, pin_memory=pin_memory),
+                batch=to_tensors(reader.batch(blocks, temperature, with_hidden=with_hidden), pin_memory=pin_memory),
                 counts=counts,
                 ends_step=number == len(pieces) - 1,
             )
 
 
-def to_tensors(targets: TargetBatch, *, with_hidden: bool = True, pin_memory: bool = False) -> DistilBatch:
+def to_tensors(targets: TargetBatch, *, pin_memory: bool = False) -> DistilBatch:
     """Return decoded targets as host tensors, in the narrow dtypes that travel to the device: int32, float32, float16.
 
     The one place where numpy becomes torch.
@@ -146,7 +133,7 @@ def to_tensors(targets: TargetBatch, *, with_hidden: bool = True, pin_memory: bo
         head_logprobs_BTK=tensor(targets.head_logprobs_BTK, np.float32),
         log_normaliser_BT=tensor(targets.log_normaliser_BT, np.float32),
         log_tail_mass_BT=tensor(targets.log_tail_mass_BT, np.float32),
-        hidden_BWD=tensor(targets.hidden_BWD, np.float16) if with_hidden and targets.hidden_BWD is not None else None,
+        hidden_BWD=None if targets.hidden_BWD is None else tensor(targets.hidden_BWD, np.float16),
     )
 
 

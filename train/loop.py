@@ -20,20 +20,32 @@ from tqdm import tqdm
 from cache_spec.errors import KdpipeError
 from cache_spec.reader import CacheReader
 from train.batches import MicroBatch, ahead, micro_batches, on_device
-from train.checkpoint import Position, refuse_another_run, rng_states, set_rng_states
+from train.checkpoint import Position, load_latest, refuse_another_run, rng_states, set_rng_states
 from train.config import TrainConfig
 from train.distiller import LossWeights, TermCounts
 from train.export import export_student
 from train.interrupts import Interrupted, Interrupts
 from train.order import IndexArray
-from train.run import Precision, Run, loss_weights, open_run, pick_device, pick_precision
+from train.run import (
+    Run,
+    autocast,
+    build_distiller,
+    first_student,
+    loss_weights,
+    open_run,
+    pick_device,
+    pick_precision,
+    step_plan,
+)
 from train.run_folder import (
+    CHECKPOINTS_NAME,
     STUDENT_NAME,
     Metrics,
     claimed,
     finished_result,
     read_metrics,
     read_run,
+    rebuild_student,
     write_result,
 )
 from train.schedule import learning_rate
@@ -62,6 +74,56 @@ def train(config: TrainConfig, *, quiet: bool = False) -> dict[str, Any]:
         run = open_run(config, reader, weights, device, precision, identity)
         _take_steps(run, quiet=quiet)
         return _finish(run)
+
+
+def plan(config: TrainConfig) -> dict[str, Any]:
+    """Return what ``train`` would do and cost, by building the student and timing a pass; writes nothing."""
+    reader = CacheReader.open(config.cache)
+    weights = loss_weights(config, reader)
+    device = pick_device(config.device)
+    precision = pick_precision(config.precision, device)
+    steps = step_plan(config, reader)
+    run_record = read_run(config.out)
+    if run_record is not None:
+        identity = (reader.manifest.fingerprint, config.result_settings() | {"precision": precision})
+        refuse_another_run(config.out, saved=(run_record["fingerprint"], run_record["settings"]), asked=identity)
+    checkpoint = load_latest(config.out / CHECKPOINTS_NAME)
+    done = checkpoint.position.step if checkpoint else 0
+    items = micro_batches(
+        reader,
+        steps,
+        first_step=0,
+        temperature=config.temperature,
+        seed=config.seed,
+        window_shards=config.window_shards,
+    )
+    micro = next(items)
+    with torch.random.fork_rng(devices=[]):
+        student = first_student(config, reader).model if checkpoint is None else rebuild_student(config.out)
+        distiller = build_distiller(config, reader, weights, student, device)
+        for _ in range(2):  # the first pass also pays for what is set up once
+            began = time.perf_counter()
+            with autocast(device, precision):
+                output = distiller(on_device(micro.batch, device), micro.counts)
+            output.loss.backward()
+            output.loss.item()
+            pass_s = time.perf_counter() - began
+    trained = sum(parameter.numel() for parameter in distiller.parameters() if parameter.requires_grad)
+    blocks = sum(
+        min(steps.step_blocks, steps.num_blocks - steps.start_of(step)[1]) for step in range(done, steps.total_steps)
+    )
+    return {
+        "steps": steps.total_steps,
+        "steps_done": done,
+        "tokens_to_train": blocks * reader.manifest.blocks.block_tokens,
+        "parameters": sum(parameter.numel() for parameter in student.parameters()),
+        "device": str(device),
+        "precision": precision,
+        "hours": round(pass_s * blocks / len(micro.blocks) / 3600, 3),
+        # Weights and AdamW's two moments in float32; while a checkpoint replaces another, both are there.
+        "checkpoint_bytes": 12 * trained,
+        "out": str(config.out),
+    }
 
 
 def _take_steps(run: Run, *, quiet: bool) -> None:
@@ -177,7 +239,7 @@ def _step(run: Run, batches: Iterator[MicroBatch], interrupts: Interrupts) -> _O
             raise Interrupted
         micro = next(batches)
         assert micro.step == run.position.step
-        with _autocast(run.device, run.precision):
+        with autocast(run.device, run.precision):
             output = run.distiller(on_device(micro.batch, run.device), micro.counts)
         output.loss.backward()
         sums.append(torch.stack([tensor.detach().float() for tensor in output]))
@@ -260,7 +322,3 @@ def _finish(run: Run) -> dict[str, Any]:
     write_result(config.out, result)
     logger.info("%s: %d steps, %d tokens, %.1f s", config.out, position.step, position.tokens, position.seconds)
     return result
-
-
-def _autocast(device: torch.device, precision: Precision) -> contextlib.AbstractContextManager[object]:
-    return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()

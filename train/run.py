@@ -6,12 +6,14 @@ student's first weights are never looked at.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from cache_spec.errors import BadInputError
 from cache_spec.reader import CacheReader
@@ -20,7 +22,7 @@ from train.checkpoint import Position, load_latest, refuse_another_run, restore,
 from train.config import TrainConfig
 from train.distiller import Distiller, LossWeights, check_student_head
 from train.run_folder import CHECKPOINTS_NAME, rebuild_student, save_student_config, write_run
-from train.student import build_student
+from train.student import StudentBuild, build_student
 
 logger = logging.getLogger("kdpipe")
 
@@ -67,16 +69,9 @@ def open_run(
     identity: tuple[str, dict[str, Any]],
 ) -> Run:
     """Put a run together: from its newest checkpoint, or else from the start."""
-    manifest = reader.manifest
     checkpoint = load_latest(config.out / CHECKPOINTS_NAME)
     first_weights: dict[str, Tensor] | None = None
-    plan = StepPlan(
-        num_blocks=manifest.blocks.num_blocks,
-        batch_blocks=config.batch_blocks,
-        accumulate=config.accumulate,
-        epochs=config.epochs,
-        max_steps=config.max_steps,
-    )
+    plan = step_plan(config, reader)
     if checkpoint is None:
         first_weights = _start(config, reader, plan, identity)
     else:
@@ -86,18 +81,7 @@ def open_run(
     student = rebuild_student(config.out)
     if first_weights is not None:
         student.load_state_dict(first_weights)
-    distiller = Distiller(
-        student,
-        teacher_width=manifest.teacher.hidden_size,
-        vocab_size=manifest.teacher.vocab_size,
-        weights=weights,
-        temperature=config.temperature,
-        tail=config.tail,
-        window=manifest.hidden.window if manifest.hidden else None,
-        chunk_rows=config.chunk_rows,
-    ).to(device)
-    if config.freeze_position_embeddings:
-        _freeze_position_embeddings(distiller)
+    distiller = build_distiller(config, reader, weights, student, device)
     run = Run(
         config=config,
         reader=reader,
@@ -105,7 +89,7 @@ def open_run(
         device=device,
         precision=precision,
         identity=identity,
-        distiller=distiller.train(),
+        distiller=distiller,
         optimizer=_optimizer(distiller, config),
         position=Position(step=0, epoch=0, samples=0, tokens=0, seconds=0.0),
     )
@@ -118,10 +102,19 @@ def open_run(
     return run
 
 
-def _start(
-    config: TrainConfig, reader: CacheReader, plan: StepPlan, identity: tuple[str, dict[str, Any]]
-) -> dict[str, Tensor]:
-    """Build the student for the first time, write down what the run is, and return the student's weights."""
+def step_plan(config: TrainConfig, reader: CacheReader) -> StepPlan:
+    """Return how the run's steps tile the cache."""
+    return StepPlan(
+        num_blocks=reader.manifest.blocks.num_blocks,
+        batch_blocks=config.batch_blocks,
+        accumulate=config.accumulate,
+        epochs=config.epochs,
+        max_steps=config.max_steps,
+    )
+
+
+def first_student(config: TrainConfig, reader: CacheReader) -> StudentBuild:
+    """Build the student that the settings describe; BadInputError for one that cannot be trained from this cache."""
     built = build_student(
         teacher_folder_in_cache=reader.path / "teacher",
         manifest=reader.manifest,
@@ -135,6 +128,39 @@ def _start(
         initializer_range=config.initializer_range,
     )
     check_student_head(built.model)
+    return built
+
+
+def build_distiller(
+    config: TrainConfig, reader: CacheReader, weights: LossWeights, student: PreTrainedModel, device: torch.device
+) -> Distiller:
+    """Return student and loss as one module on ``device``, in training mode, with frozen what stays as it is."""
+    manifest = reader.manifest
+    distiller = Distiller(
+        student,
+        teacher_width=manifest.teacher.hidden_size,
+        vocab_size=manifest.teacher.vocab_size,
+        weights=weights,
+        temperature=config.temperature,
+        tail=config.tail,
+        window=manifest.hidden.window if manifest.hidden else None,
+        chunk_rows=config.chunk_rows,
+    ).to(device)
+    if config.freeze_position_embeddings:
+        _freeze_position_embeddings(distiller)
+    return distiller.train()
+
+
+def autocast(device: torch.device, precision: Precision) -> contextlib.AbstractContextManager[object]:
+    """Return the context of a forward pass in ``precision``."""
+    return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
+
+
+def _start(
+    config: TrainConfig, reader: CacheReader, plan: StepPlan, identity: tuple[str, dict[str, Any]]
+) -> dict[str, Tensor]:
+    """Build the student for the first time, write down what the run is, and return the student's weights."""
+    built = first_student(config, reader)
     fingerprint, settings = identity
     write_run(
         config.out,

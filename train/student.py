@@ -113,6 +113,14 @@ def public_name(name: str) -> str:
     return path.expanduser().resolve().name if local else name
 
 
+def check_same_vocabulary(place: object, model: Mapping[str, int], cache: Mapping[str, int]) -> None:
+    """Raise ``student-vocabulary`` unless a model's tokens and their ids are those of the cache."""
+    if model != cache:
+        num_differ = len({token for token, _ in model.items() ^ cache.items()})
+        expected, found = f"the cache's {len(cache)} tokens", f"{len(model)} tokens, {num_differ} differ"
+        raise BadInputError("student-vocabulary", place, expected=expected, found=found)
+
+
 def _from_teacher_layers(
     config: PreTrainedConfig,
     manifest: Manifest,
@@ -170,7 +178,7 @@ def _from_checkpoint(
     model, info = loaded
     refuse_incomplete(info, "unreadable-weights")
     if any((folder / name).is_file() for name in _TOKENIZER_FILES):
-        _check_same_vocabulary(folder, tokenizer_folder)
+        _check_same_tokens(folder, tokenizer_folder)
     summary["source"] = public_name(checkpoint)
     assert isinstance(model, PreTrainedModel)
     for module in model.modules():
@@ -179,7 +187,7 @@ def _from_checkpoint(
     return model
 
 
-def _check_same_vocabulary(folder: Path, tokenizer_folder: Path) -> None:
+def _check_same_tokens(folder: Path, tokenizer_folder: Path) -> None:
     vocabularies = []
     for place in (folder, tokenizer_folder):
         try:
@@ -187,10 +195,7 @@ def _check_same_vocabulary(folder: Path, tokenizer_folder: Path) -> None:
         except Exception as error:
             raise BadInputError("student-vocabulary", place, found=f"no tokenizer: {first_line(error)}") from None
     student, teacher = vocabularies
-    if student != teacher:
-        differing = {token for token, _ in student.items() ^ teacher.items()}
-        expected, found = f"the cache's {len(teacher)} tokens", f"{len(student)} tokens, {len(differing)} differ"
-        raise BadInputError("student-vocabulary", folder, expected=expected, found=found)
+    check_same_vocabulary(folder, student, teacher)
 
 
 def _vocabulary(folder: Path) -> dict[str, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 import torch
 import transformers
 
-import pipeline.capture
+from cache_spec import commit, receipts
 from cache_spec.errors import BadInputError, KdpipeError, WouldLoseDataError
 from cache_spec.reader import CacheReader
 from cache_spec.receipts import committed_shards
@@ -21,6 +22,8 @@ from cache_spec.validate import verify_cache
 from pipeline.capture import LOCK_NAME, STAGING_NAME, capture
 from pipeline.config import CaptureConfig
 from pipeline.inspect import describe, inspect_cache
+from pipeline.recompute import compare_with_teacher
+from pipeline.teacher import load_teacher
 from tests.models import FAMILIES, make_folder, write_words
 
 SETTINGS: dict[str, Any] = {
@@ -60,7 +63,7 @@ def test_a_cache_holds_what_the_teacher_says(tmp_path: Path, family: str) -> Non
     manifest = reader.manifest
     assert (manifest.teacher.vocab_size, manifest.teacher.padded_vocab_size) == (100, 120)
     assert manifest.corpus.num_tokens == result["tokens"] == 12 * 41 // 16 * 16
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
     blocks = list(range(manifest.blocks.num_blocks))
     for temperature in manifest.temperatures:
         batch = reader.batch(blocks, temperature)
@@ -79,13 +82,13 @@ def test_every_token_of_every_document_is_there_once(config: CaptureConfig) -> N
     ids, lengths = reader.read("input_ids", blocks), reader.lengths(blocks)
     stream = np.concatenate([row[:length] for row, length in zip(ids, lengths, strict=True)])
     tokenizer = transformers.AutoTokenizer.from_pretrained(config.teacher)
-    lines = [eval(line)["text"] for line in Path(config.text[0]).read_text().splitlines()]
+    lines = [json.loads(line)["text"] for line in Path(config.text[0]).read_text().splitlines()]
     assert stream.tolist() == [i for line in lines for i in [*tokenizer(line)["input_ids"], 1]]
 
 
 def test_a_stopped_capture_resumes_to_the_same_bytes(config: CaptureConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     capture(config)
-    real = pipeline.capture.commit_shard
+    real = commit.commit_shard
 
     def stops(cache: Path, manifest: Any, shard: int, rows: Any) -> Any:
         if shard == 2:
@@ -93,17 +96,17 @@ def test_a_stopped_capture_resumes_to_the_same_bytes(config: CaptureConfig, monk
         return real(cache, manifest, shard, rows)
 
     again = changed(config, out=config.out.with_name("again"))
-    monkeypatch.setattr(pipeline.capture, "commit_shard", stops)
+    monkeypatch.setattr("pipeline.capture.commit_shard", stops)
     with pytest.raises(KeyboardInterrupt):
         capture(again)
-    monkeypatch.setattr(pipeline.capture, "commit_shard", real)
+    monkeypatch.setattr("pipeline.capture.commit_shard", real)
     assert committed_shards(again.out, inspect_manifest(again)) == [0, 1]
     assert capture(again)["shards_captured_now"] == inspect_manifest(again).blocks.num_shards - 2
     assert contents(again.out) == contents(config.out)
 
 
 def inspect_manifest(config: CaptureConfig) -> Any:
-    return pipeline.capture.read_manifest(config.out)
+    return receipts.read_manifest(config.out)
 
 
 def test_workers_write_the_same_bytes_as_one_process(config: CaptureConfig) -> None:
@@ -128,7 +131,7 @@ def test_a_finished_capture_is_left_alone_without_loading_the_teacher(
     def never(*args: object, **kwargs: object) -> None:
         raise AssertionError("the teacher was loaded")
 
-    monkeypatch.setattr(pipeline.capture, "load_teacher", never)
+    monkeypatch.setattr("pipeline.capture.load_teacher", never)
     assert capture(config)["shards_captured_now"] == 0
     assert contents(config.out) == before
     assert not (config.out / STAGING_NAME).exists()
@@ -159,11 +162,11 @@ def test_a_setting_that_changes_bytes_is_refused_with_what_differs(
 def test_changed_text_or_another_teacher_is_refused(config: CaptureConfig, tmp_path: Path) -> None:
     capture(config)
     write_words(Path(config.text[0]), seed=1)
-    with pytest.raises(WouldLoseDataError, match="corpus.sources"):
+    with pytest.raises(WouldLoseDataError, match=r"corpus.sources"):
         capture(config)
     write_words(Path(config.text[0]))
     other = make_folder(tmp_path / "other", spread=3.0)
-    with pytest.raises(WouldLoseDataError, match="teacher.weights_sha256"):
+    with pytest.raises(WouldLoseDataError, match=r"teacher.weights_sha256"):
         capture(changed(config, teacher=str(other)))
 
 
@@ -176,7 +179,7 @@ def test_a_moved_teacher_is_the_same_teacher(config: CaptureConfig) -> None:
 def test_a_folder_with_something_else_is_refused(config: CaptureConfig) -> None:
     config.out.mkdir()
     (config.out / "thesis.txt").write_text("years of work")
-    with pytest.raises(WouldLoseDataError, match="not-a-cache.*thesis.txt"):
+    with pytest.raises(WouldLoseDataError, match=r"not-a-cache.*thesis.txt"):
         capture(config)
     with pytest.raises(WouldLoseDataError, match="not-a-folder"):
         capture(changed(config, out=config.out / "thesis.txt"))
@@ -191,7 +194,7 @@ def test_a_cache_that_is_being_written_is_refused(config: CaptureConfig) -> None
 
 def poison(teacher: Path) -> None:
     """Make a saved teacher answer NaN."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(teacher)
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(teacher)
     with torch.no_grad():
         model.transformer.ln_f.weight.fill_(float("nan"))
     model.save_pretrained(teacher)
@@ -207,17 +210,15 @@ def test_a_teacher_of_nans_fails_loudly_and_names_the_block(config: CaptureConfi
 def test_a_full_disk_is_one_line_and_the_run_goes_on_later(
     config: CaptureConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, calls = os.fsync, 0
+    real = os.fsync
 
     def full(handle: int) -> None:
-        nonlocal calls
-        calls += 1
-        if calls > 60:
+        if (config.out / "receipts" / "00000001.json").exists():
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         real(handle)
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(KdpipeError, match="cannot-write.*No space left on device"):
+    with pytest.raises(KdpipeError, match=r"cannot-write.*No space left on device"):
         capture(config)
     monkeypatch.setattr(os, "fsync", real)
     done = committed_shards(config.out, inspect_manifest(config))
@@ -249,10 +250,33 @@ def test_inspect_tells_loss_tail_mass_and_bytes(config: CaptureConfig) -> None:
     reader = CacheReader.open(config.out)
     batch = reader.batch(range(reader.manifest.blocks.num_blocks), 2.0)
     assert facts["mean_tail_mass"]["2"] == pytest.approx(float(np.exp(batch.log_tail_mass_BT).mean()), rel=1e-3)
-    model = transformers.AutoModelForCausalLM.from_pretrained(config.teacher).eval()
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(config.teacher).eval()
     ids = torch.from_numpy(batch.input_ids_BT.astype(np.int64))
     with torch.no_grad():
         logprobs = model(ids).logits[:, :-1, :100].log_softmax(-1)
     loss = -logprobs.gather(-1, ids[:, 1:, None]).mean()
     assert facts["teacher_loss_nats"] == pytest.approx(float(loss), rel=1e-5)
     assert any("perplexity" in line for line in describe(facts))
+
+
+def test_deep_verification_agrees_with_the_teacher_and_only_with_it(config: CaptureConfig, tmp_path: Path) -> None:
+    capture(changed(config, last_block="keep"))
+    assert compare_with_teacher(config.out, config.teacher, gguf_file=None, num_batches=100) == []
+    other = make_folder(tmp_path / "other", spread=3.0)
+    with pytest.raises(BadInputError, match="other-teacher"):
+        compare_with_teacher(config.out, str(other), gguf_file=None, num_batches=1)
+
+
+def test_deep_verification_finds_targets_of_another_model(config: CaptureConfig, monkeypatch: Any) -> None:
+    capture(config)
+    real = load_teacher
+
+    def changed_teacher(*args: Any, **kwargs: Any) -> Any:
+        teacher = real(*args, **kwargs)
+        with torch.no_grad():
+            teacher.model.transformer.ln_f.weight.mul_(1.5)
+        return teacher
+
+    monkeypatch.setattr("pipeline.recompute.load_teacher", changed_teacher)
+    problems = compare_with_teacher(config.out, config.teacher, gguf_file=None, num_batches=1)
+    assert [problem.kind for problem in problems] == ["teacher-disagrees"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import re
 import tempfile
-from collections.abc import Iterator
 from functools import partial
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -19,9 +18,9 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from cache_spec.errors import BadInputError
-from cache_spec.manifest import SourceInfo
 from pipeline.blocks import open_staged, stage_blocks
-from pipeline.corpus import Corpus, Record, Source, pieces
+from pipeline.corpus import pieces
+from tests.texts import corpus_of
 
 EOS = 0
 ALPHABET = "abcdefgh "
@@ -35,13 +34,6 @@ def characters() -> PreTrainedTokenizerFast:
 
 
 TOKENIZER = characters()
-
-
-def corpus_of(documents: list[str]) -> Corpus:
-    def records() -> Iterator[Record]:
-        yield from ((str(number), (text,)) for number, text in enumerate(documents))
-
-    return Corpus((Source(info=lambda: SourceInfo(name="", num_bytes=0, sha256="0" * 64), records=records),))
 
 
 @given(

@@ -7,7 +7,7 @@ import hashlib
 import json
 import logging
 import pickle
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache, partial
 from pathlib import Path
 from typing import IO, Any, cast
@@ -17,10 +17,11 @@ import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from cache_spec.errors import BadInputError
-from cache_spec.manifest import SourceInfo
 from pipeline.blocks import StagedBlocks, open_staged, stage_blocks
-from pipeline.corpus import Corpus, Record, Source, pieces
+from pipeline.corpus import Corpus, pieces
+from pipeline.textfiles import Record
+from tests.refusals import refused
+from tests.texts import corpus_from, corpus_of
 
 KEY = "0123456789abcdef" * 4
 LLAMA_3 = (
@@ -69,33 +70,16 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return bpe()
 
 
-def corpus_of(texts: Iterable[str]) -> Corpus:
-    held = list(texts)
-
-    def records() -> Iterator[Record]:
-        yield from ((f"document {number}", (text,)) for number, text in enumerate(held))
-
-    return Corpus((Source(info=lambda: SourceInfo(name="test", num_bytes=0, sha256="0" * 64), records=records),))
-
-
 def unread() -> Corpus:
     def records() -> Iterator[Record]:
         raise AssertionError("the text was read again")
 
-    return Corpus((Source(info=lambda: SourceInfo(name="test", num_bytes=0, sha256="0" * 64), records=records),))
+    return corpus_from(records)
 
 
 def stage(corpus: Corpus, tokenizer: PreTrainedTokenizerFast, folder: Path, **settings: Any) -> StagedBlocks:
     defaults: dict[str, Any] = {"block_tokens": 8, "eos_token_id": 0, "vocab_size": 600, "key": KEY}
     return stage_blocks(corpus, tokenizer, folder=folder, **(defaults | settings))
-
-
-def fails(kind: str, action: Callable[[], object]) -> str:
-    with pytest.raises(BadInputError) as caught:
-        action()
-    assert caught.value.kind == kind
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 TEXTS = ["The first document.\n\nIt has parts.", "Another one", "and the last, a little longer than that"]
@@ -185,7 +169,7 @@ def test_what_a_killed_run_left_is_made_again(tmp_path: Path, tokenizer: PreTrai
     first = stage(corpus_of(TEXTS), tokenizer, tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     DAMAGES[damage](first.path, first.path.with_suffix(".json"))
-    fails("missing-blocks", partial(open_staged, tmp_path, KEY))
+    refused("missing-blocks", partial(open_staged, tmp_path, KEY))
     with pytest.raises(AssertionError, match="read again"):
         stage(unread(), tokenizer, tmp_path)
     assert list(tmp_path.iterdir()) == [], "what did not count is gone, and nothing half-written is left"
@@ -214,17 +198,17 @@ def test_blocks_of_another_length_are_not_taken_for_these(tmp_path: Path, tokeni
 
 def test_ids_outside_the_vocabulary_are_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     corpus = corpus_of([real_text()[:2000]])
-    message = fails("vocabulary-mismatch", partial(stage, corpus, tokenizer, tmp_path, vocab_size=300))
+    message = refused("vocabulary-mismatch", partial(stage, corpus, tokenizer, tmp_path, vocab_size=300))
     assert "0 to 299" in message
     assert not list(tmp_path.iterdir())
-    fails("vocabulary-mismatch", partial(stage, corpus, tokenizer, tmp_path, eos_token_id=600))
+    refused("vocabulary-mismatch", partial(stage, corpus, tokenizer, tmp_path, eos_token_id=600))
 
 
 def test_too_little_text_says_how_much_there_was_and_what_helps(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     num_tokens = len(stream_of(TEXTS, tokenizer))
-    message = fails("too-little-text", partial(stage, corpus_of(TEXTS), tokenizer, tmp_path, block_tokens=1000))
+    message = refused("too-little-text", partial(stage, corpus_of(TEXTS), tokenizer, tmp_path, block_tokens=1000))
     assert f"found {num_tokens} tokens" in message
     assert "--last-block keep" in message
     assert not list(tmp_path.iterdir())
@@ -232,12 +216,12 @@ def test_too_little_text_says_how_much_there_was_and_what_helps(
 
 @pytest.mark.parametrize("setting", ["block_tokens", "limit_tokens"])
 def test_settings_below_one_are_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, setting: str) -> None:
-    fails("bad-setting", partial(stage, unread(), tokenizer, tmp_path, **{setting: 0}))
+    refused("bad-setting", partial(stage, unread(), tokenizer, tmp_path, **{setting: 0}))
 
 
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     (tmp_path / "file").touch()
-    fails("cannot-write", partial(stage, corpus_of(TEXTS), tokenizer, tmp_path / "file" / "sub"))
+    refused("cannot-write", partial(stage, corpus_of(TEXTS), tokenizer, tmp_path / "file" / "sub"))
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
@@ -248,7 +232,7 @@ def test_a_full_disk_is_one_clear_error_and_leaves_nothing(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(f"pipeline.blocks.os.{call}", full)
-    message = fails("cannot-write", partial(stage, corpus_of(TEXTS), tokenizer, tmp_path))
+    message = refused("cannot-write", partial(stage, corpus_of(TEXTS), tokenizer, tmp_path))
     assert f"blocks-{KEY[:16]}.bin" in message
     assert "No space left" in message
     assert not list(tmp_path.iterdir())
@@ -262,15 +246,15 @@ def test_a_write_that_fails_shows_the_first_error(
         return Path("/dev/full").open("wb")
 
     monkeypatch.setattr("pipeline.blocks.open", full, raising=False)
-    fails("cannot-write", partial(stage, corpus_of([real_text()[:200_000]]), tokenizer, tmp_path))
+    refused("cannot-write", partial(stage, corpus_of([real_text()[:200_000]]), tokenizer, tmp_path))
 
 
 def test_a_file_that_shrank_after_opening_is_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     staged = stage(corpus_of(TEXTS), tokenizer, tmp_path)
     staged.path.write_bytes(b"\0" * 20)
-    fails("broken-file", partial(staged.read, 0, 2))
+    refused("broken-file", partial(staged.read, 0, 2))
     staged.path.unlink()
-    fails("cannot-read", partial(staged.read, 0, 1))
+    refused("cannot-read", partial(staged.read, 0, 1))
 
 
 def test_documents_longer_than_the_tokenizers_model_raise_no_warning(

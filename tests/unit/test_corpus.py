@@ -17,8 +17,8 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from cache_spec.errors import BadInputError
 from pipeline.corpus import PIECE_CHARS, Corpus, pieces, resolve
+from tests.refusals import refused
 
 TEXTS = ["First document.\nTwo lines.", "Second: naïve 中文", "Third."]
 
@@ -45,14 +45,6 @@ def as_parquet(column: object, field: str = "text") -> bytes:
 
 
 ROWS = as_lines([{"text": text} for text in TEXTS])
-
-
-def fails(kind: str, action: Callable[[], object]) -> str:
-    with pytest.raises(BadInputError) as caught:
-        action()
-    assert caught.value.kind == kind
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 @pytest.mark.parametrize("pack", [("", bytes), (".gz", gzip.compress), (".zst", as_zstd)], ids=["plain", "gz", "zst"])
@@ -107,7 +99,7 @@ def test_python_docs_are_a_corpus_and_their_parts_differ(monkeypatch: pytest.Mon
     assert train.sources[0].name == "python-docs:train"
     assert train.sources[0].num_bytes == 14
     assert train.sources[0].sha256 != heldout.sources[0].sha256
-    fails("unknown-text", lambda: resolve(["python-docs:test"]))
+    refused("unknown-text", lambda: resolve(["python-docs:test"]))
 
 
 def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
@@ -159,21 +151,21 @@ def test_bad_files_are_refused_in_one_line_that_names_the_place(tmp_path: Path, 
     name, data, kind, message = BAD_FILES[case]
     path = tmp_path / name
     path.write_bytes(data)
-    assert message in fails(kind, lambda: read(resolve([str(path)])))
+    assert message in refused(kind, lambda: read(resolve([str(path)])))
 
 
 def test_invalid_utf8_inside_parquet_names_the_row(tmp_path: Path) -> None:
     column = pyarrow.array([b"good", b"\xff"]).cast(pyarrow.string(), safe=False)
     (tmp_path / "a.parquet").write_bytes(as_parquet(column))
-    assert "a.parquet, row 2" in fails("invalid-utf8", lambda: read(resolve([str(tmp_path)])))
+    assert "a.parquet, row 2" in refused("invalid-utf8", lambda: read(resolve([str(tmp_path)])))
 
 
 def test_places_without_text_are_refused(tmp_path: Path) -> None:
-    fails("no-text", lambda: resolve([str(tmp_path)]))
-    fails("no-text", lambda: resolve([str(tmp_path / "*.txt")]))
-    fails("no-text", lambda: resolve([]))
+    refused("no-text", lambda: resolve([str(tmp_path)]))
+    refused("no-text", lambda: resolve([str(tmp_path / "*.txt")]))
+    refused("no-text", lambda: resolve([]))
     (tmp_path / "a.txt").touch()
-    fails("no-text", lambda: resolve([str(tmp_path)]))
+    refused("no-text", lambda: resolve([str(tmp_path)]))
 
 
 def test_a_vanished_file_is_one_clear_error(tmp_path: Path) -> None:
@@ -181,7 +173,7 @@ def test_a_vanished_file_is_one_clear_error(tmp_path: Path) -> None:
     path.write_text("x")
     corpus = resolve([str(path)])
     path.unlink()
-    assert "a.txt" in fails("cannot-read", lambda: read(corpus))
+    assert "a.txt" in refused("cannot-read", lambda: read(corpus))
 
 
 @pytest.fixture
@@ -199,7 +191,7 @@ def test_what_can_only_be_a_path_is_never_looked_up_online(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    fails("unknown-text", lambda: resolve([text]))
+    refused("unknown-text", lambda: resolve([text]))
 
 
 @pytest.mark.usefixtures("no_hub")
@@ -216,7 +208,7 @@ def test_an_unreachable_hub_is_one_clear_error(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", unreachable)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
-    assert "cannot be reached" in fails("unknown-text", lambda: resolve(["owner/name"]))
+    assert "cannot be reached" in refused("unknown-text", lambda: resolve(["owner/name"]))
 
 
 @pytest.fixture
@@ -254,11 +246,11 @@ def test_a_hub_data_set_is_streamed_at_the_commit_it_was_digested_at(hub: dict[s
     }
     hub["sha"] = "decaf"
     assert resolve(["owner/name:small"], split="test").sources != corpus.sources
-    assert "owner/name, row 1" in fails("missing-field", lambda: read(resolve(["owner/name"], text_field="body")))
+    assert "owner/name, row 1" in refused("missing-field", lambda: read(resolve(["owner/name"], text_field="body")))
 
 
 def test_a_hub_data_set_without_the_split_is_refused(hub: dict[str, Any]) -> None:
-    assert "split nowhere" in fails("unknown-text", lambda: resolve(["owner/name"], split="nowhere"))
+    assert "split nowhere" in refused("unknown-text", lambda: resolve(["owner/name"], split="nowhere"))
 
 
 def test_saved_data_sets_are_read_with_their_splits(tmp_path: Path) -> None:
@@ -271,10 +263,10 @@ def test_saved_data_sets_are_read_with_their_splits(tmp_path: Path) -> None:
         corpus = resolve([str(tmp_path / name)], text_field="body")
         assert read(corpus) == TEXTS
         assert corpus.sources[0].num_bytes > 0
-    fails("unknown-text", lambda: resolve([str(tmp_path / "many")], split="test"))
-    fails("missing-field", lambda: read(resolve([str(tmp_path / "one")])))
+    refused("unknown-text", lambda: resolve([str(tmp_path / "many")], split="test"))
+    refused("missing-field", lambda: read(resolve([str(tmp_path / "one")])))
     (tmp_path / "one" / "dataset_info.json").write_text("{")
-    fails("broken-file", lambda: read(resolve([str(tmp_path / "one")])))
+    refused("broken-file", lambda: read(resolve([str(tmp_path / "one")])))
 
 
 def test_a_large_text_file_is_one_document_read_in_bounded_memory(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ FOLDER = Path(pipeline.__file__).parent / "demo_teacher"
 VOCABULARY = 4096
 EVALUATED_TOKENS = 4096
 # A model that knows nothing stands at 4096, one that knows only how often each token comes at about 800.
-GENEROUS_PERPLEXITY = 150.0
+GENEROUS_PERPLEXITY = 250.0
 
 
 @pytest.fixture(scope="module")

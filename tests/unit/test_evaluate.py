@@ -16,13 +16,15 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
-import train.evaluate
-from cache_spec.errors import BadInputError, KdpipeError
+import train.scorer
+from cache_spec.errors import KdpipeError
 from cache_spec.reader import CacheReader
 from cache_spec.topk import encode_gaps
 from pipeline.cli import run
+from tests.models import make_model
+from tests.refusals import refusal
 from tests.synthetic import make_manifest, make_rows, write_cache
 from train.evaluate import evaluate_models, table
 from train.evaluate_config import EvaluateConfig
@@ -35,22 +37,12 @@ PADDED = V + 11
 POSITIONS = 32
 BLOCK = 16
 TEXT = "the cat and the naïve café – 猫 😀 – sat on the mat, the end of the tale.\n" * 3
-SIZES: dict[str, Any] = {
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": POSITIONS,
+SIZES = {"hidden_size": 16, "max_position_embeddings": POSITIONS}
+LOGITS: dict[str, dict[str, Any]] = {
+    "granite": {"logits_scaling": 8.0},
+    "gemma2": {"head_dim": 8, "final_logit_softcapping": 3.0},
 }
-GPT2: dict[str, Any] = {"n_layer": 2, "n_embd": 16, "n_head": 2, "n_positions": POSITIONS}
-FAMILIES: dict[str, dict[str, Any]] = {
-    "gpt2": GPT2,
-    "llama": SIZES,
-    "granite": {**SIZES, "logits_scaling": 8.0},
-    "gemma2": {**SIZES, "head_dim": 8, "final_logit_softcapping": 3.0},
-    "bert": {key: size for key, size in SIZES.items() if key != "num_key_value_heads"},
-}
+"""What makes logits more than a linear map of hidden states, by family."""
 
 
 def save_tokenizer(folder: Path, words: list[str] = WORDS) -> PreTrainedTokenizerFast:
@@ -64,12 +56,8 @@ def save_tokenizer(folder: Path, words: list[str] = WORDS) -> PreTrainedTokenize
 
 def save_model(folder: Path, family: str = "gpt2", *, rows: int = V, std: float = 0.3, **changes: Any) -> Any:
     """A random model of real size ``V`` with its tokenizer beside it."""
-    torch.manual_seed(len(family))
     special = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
-    config = AutoConfig.for_model(family, **{**FAMILIES[family], "vocab_size": rows, **special, **changes})
-    model: Any = AutoModelForCausalLM.from_config(config)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=std)
+    model = make_model(family, std=std, vocab_size=rows, **SIZES, **LOGITS.get(family, {}), **special, **changes)
     model.save_pretrained(folder)
     save_tokenizer(folder)
     return model.eval()
@@ -92,13 +80,6 @@ def evaluate(model: Path, **settings: Any) -> dict[str, Any]:
     return row
 
 
-def refusal(model: Path, **settings: Any) -> KdpipeError:
-    with pytest.raises(KdpipeError) as caught:
-        evaluate(model, **settings)
-    assert "\n" not in str(caught.value)
-    return caught.value
-
-
 def naive_logprobs(model: Any, ids: torch.Tensor) -> torch.Tensor:
     """float64 log-probabilities [T, V] over the real vocabulary, one block at a time."""
     with torch.no_grad():
@@ -119,7 +100,7 @@ def text(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train.evaluate, "CHUNK_BYTES", 4 * V * 5)
+    monkeypatch.setattr(train.scorer, "CHUNK_BYTES", 4 * V * 5)
 
 
 # --- plain text
@@ -297,7 +278,7 @@ def test_a_model_without_tokenizer_is_measured_on_a_cache_but_not_on_text(tmp_pa
     (tmp_path / "model" / "tokenizer.json").unlink()
     without = evaluate(tmp_path / "model", cache=reader.path)["cache"]
     assert without["kl_to_teacher"] == with_tokenizer["kl_to_teacher"]
-    assert refusal(tmp_path / "model", text=(str(text),)).kind == "no-tokenizer"
+    assert refusal(evaluate, tmp_path / "model", text=(str(text),)).kind == "no-tokenizer"
 
 
 # --- bad input
@@ -307,53 +288,55 @@ def test_models_that_cannot_be_opened_are_refused(tmp_path: Path, text: Path, mo
     def unreachable(*args: Any, **kwargs: Any) -> str:
         raise OSError("no network")
 
-    monkeypatch.setattr(train.evaluate, "snapshot_download", unreachable)
+    monkeypatch.setattr(train.scorer, "snapshot_download", unreachable)
     given = {"text": (str(text),)}
-    assert refusal(tmp_path / "gone", **given).kind == "unknown-model"
+    assert refusal(evaluate, tmp_path / "gone", **given).kind == "unknown-model"
     model = tmp_path / "model"
     save_model(model)
     (model / "tokenizer.json").write_text("{}")
-    assert refusal(model, **given).kind == "no-tokenizer"
+    assert refusal(evaluate, model, **given).kind == "no-tokenizer"
     save_tokenizer(model)
     tensors = load_file(model / "model.safetensors")
     first = tensors.pop("transformer.ln_f.weight")
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
-    assert refusal(model, **given).kind == "unreadable-weights"
+    assert refusal(evaluate, model, **given).kind == "unreadable-weights"
     (model / "model.safetensors").write_bytes(b"no tensors")
-    assert refusal(model, **given).kind == "unreadable-weights"
+    assert refusal(evaluate, model, **given).kind == "unreadable-weights"
     (model / "model.safetensors").unlink()
     torch.save({**tensors, "transformer.ln_f.weight": first}, model / "pytorch_model.bin")
-    assert refusal(model, **given).kind == "unknown-model"
+    assert refusal(evaluate, model, **given).kind == "unknown-model"
 
 
 def test_a_model_that_reads_ahead_is_refused(tmp_path: Path, text: Path) -> None:
     save_model(tmp_path / "model", "bert", is_decoder=False)
-    assert refusal(tmp_path / "model", text=(str(text),)).kind == "not-a-causal-lm"
+    assert refusal(evaluate, tmp_path / "model", text=(str(text),)).kind == "not-a-causal-lm"
 
 
 def test_a_model_whose_logits_are_no_numbers_is_refused(tmp_path: Path, text: Path) -> None:
     save_model(tmp_path / "model", std=math.inf)
     reader = save_cache(tmp_path / "cache", k=4)
-    assert refusal(tmp_path / "model", text=(str(text),)).kind == "non-finite-loss"
-    assert refusal(tmp_path / "model", cache=reader.path).kind == "non-finite-loss"
+    for on in ({"text": (str(text),)}, {"cache": reader.path}):
+        with pytest.raises(KdpipeError) as caught:
+            evaluate(tmp_path / "model", **on)
+        assert caught.value.kind == "non-finite-loss"
 
 
 def test_blocks_beyond_the_models_positions_are_refused(tmp_path: Path, text: Path) -> None:
     save_model(tmp_path / "model")
-    assert refusal(tmp_path / "model", text=(str(text),), block_tokens=POSITIONS + 1).kind == "block-too-long"
+    assert refusal(evaluate, tmp_path / "model", text=(str(text),), block_tokens=POSITIONS + 1).kind == "block-too-long"
     reader = save_cache(tmp_path / "cache", k=4, block_tokens=POSITIONS + 4)
-    assert refusal(tmp_path / "model", cache=reader.path).kind == "block-too-long"
+    assert refusal(evaluate, tmp_path / "model", cache=reader.path).kind == "block-too-long"
 
 
 def test_models_of_another_vocabulary_are_refused(tmp_path: Path, text: Path) -> None:
     save_model(tmp_path / "small", rows=V - 1)
-    assert refusal(tmp_path / "small", text=(str(text),)).kind == "vocabulary-mismatch"
+    assert refusal(evaluate, tmp_path / "small", text=(str(text),)).kind == "vocabulary-mismatch"
     reader = save_cache(tmp_path / "cache", k=4)
     save_model(tmp_path / "model", rows=V + 1)
-    assert refusal(tmp_path / "model", cache=reader.path).kind == "student-vocabulary"
+    assert refusal(evaluate, tmp_path / "model", cache=reader.path).kind == "student-vocabulary"
     save_model(tmp_path / "model")
     save_tokenizer(tmp_path / "model", [*WORDS[1:], WORDS[0]])
-    error = refusal(tmp_path / "model", cache=reader.path)
+    error = refusal(evaluate, tmp_path / "model", cache=reader.path)
     assert (error.kind, error.found) == ("student-vocabulary", f"{V} tokens, {V} differ")
 
 
@@ -379,27 +362,26 @@ def test_bad_text_is_refused(tmp_path: Path, name: str, data: bytes | None, kind
     save_model(tmp_path / "model")
     if data is not None:
         (tmp_path / name).write_bytes(data)
-    error = refusal(tmp_path / "model", text=(str(tmp_path / name),))
-    assert isinstance(error, BadInputError)
+    error = refusal(evaluate, tmp_path / "model", text=(str(tmp_path / name),))
     assert error.kind == kind
 
 
 def test_a_folder_is_no_text(tmp_path: Path) -> None:
-    assert refusal(tmp_path / "model", text=(str(tmp_path),)).kind == "cannot-read"
+    assert refusal(evaluate, tmp_path / "model", text=(str(tmp_path),)).kind == "cannot-read"
 
 
 def test_caches_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     save_model(tmp_path / "model")
     reader = save_cache(tmp_path / "cache", k=4)
-    assert refusal(tmp_path / "model", cache=reader.path, temperature=3.0).kind == "undeclared-temperature"
-    assert isinstance(refusal(tmp_path / "model", cache=tmp_path / "gone"), BadInputError)
+    assert refusal(evaluate, tmp_path / "model", cache=reader.path, temperature=3.0).kind == "undeclared-temperature"
+    refusal(evaluate, tmp_path / "model", cache=tmp_path / "gone")
     unfinished = make_manifest(vocab_size=V, k=4)
     write_cache(tmp_path / "unfinished", unfinished, make_rows(unfinished), seal=False)
-    assert isinstance(refusal(tmp_path / "model", cache=tmp_path / "unfinished"), BadInputError)
+    refusal(evaluate, tmp_path / "model", cache=tmp_path / "unfinished")
 
 
 def test_an_absent_device_is_refused(tmp_path: Path, text: Path) -> None:
-    assert refusal(tmp_path / "model", text=(str(text),), device="cuda:99").kind == "unknown-device"
+    assert refusal(evaluate, tmp_path / "model", text=(str(text),), device="cuda:99").kind == "unknown-device"
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from cache_spec.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_WOULD_LOSE_DATA, KdpipeError
 from cache_spec.manifest import Manifest
-from tests.unit.test_student import TEACHERS, V, build, make_manifest, save_teacher, save_tokenizer
+from tests.models import make_tokenizer
+from tests.students import TEACHERS, V, build, save_teacher, teacher_manifest
 from train.export import export_student, model_card
 
 CARD = {
@@ -34,9 +35,9 @@ CARD = {
 class Setup:
     def __init__(self, folder: Path, model_type: str = "gpt2") -> None:
         save_teacher(folder / "teacher", model_type)
-        save_tokenizer(folder / "cache" / "tokenizer", [f"w{i}" for i in range(V)])
+        make_tokenizer(V).save_pretrained(folder / "cache" / "tokenizer")
         self.tokenizer_folder = folder / "cache" / "tokenizer"
-        self.manifest: Manifest = make_manifest(folder / "teacher")
+        self.manifest: Manifest = teacher_manifest(folder / "teacher")
         self.model: PreTrainedModel = build(folder / "teacher", folder / "cache", num_layers=2).model
         self.out = folder / "run" / "student"
 
@@ -178,7 +179,7 @@ def test_students_that_are_not_finite_float32_are_not_published(setup: Setup, ch
 
 
 def test_students_of_few_positions_export(setup: Setup, tmp_path: Path) -> None:
-    manifest = make_manifest(tmp_path / "teacher", block_tokens=4)
+    manifest = teacher_manifest(tmp_path / "teacher", block_tokens=4)
     short = {"init": "config", "overrides": {"n_positions": 4, "n_layer": 1}}
     setup.model = build(tmp_path / "teacher", tmp_path / "cache", manifest=manifest, **short).model
     setup.export()

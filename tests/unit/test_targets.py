@@ -16,8 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cache_spec.errors import EXIT_BAD_INPUT, BadInputError
 from cache_spec.topk import decode_gaps
 from pipeline.targets import default_chunk_rows, encode_batch, pool_hidden, top_k
-from pipeline.teacher import OutputHead, load_teacher, resolve_teacher
-from tests.unit.test_teacher import make_folder
+from pipeline.teacher import OutputHead, load_teacher
+from pipeline.teacher_files import resolve_teacher
+from tests.models import make_folder
 
 STEP = 1 / 256
 TEMPERATURES = (0.5, 1.0, 2.0)

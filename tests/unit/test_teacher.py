@@ -14,68 +14,28 @@ import pytest
 import torch
 import transformers
 from huggingface_hub.errors import LocalEntryNotFoundError
-from tokenizers import Tokenizer, models, pre_tokenizers
 
-from cache_spec.errors import EXIT_BAD_INPUT, BadInputError
-from pipeline import teacher as teacher_module
-from pipeline.teacher import (
+from pipeline.teacher import load_teacher, pick_device, pick_dtype
+from pipeline.teacher_files import (
     TeacherFiles,
     check_block_tokens,
     describe_teacher,
-    load_teacher,
     load_tokenizer,
-    pick_device,
-    pick_dtype,
     resolve_teacher,
     save_teacher_description,
     tokenizer_sha256,
 )
-
-ROWS = 120
-SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": ROWS}
-LLAMA = {**SIZES, "intermediate_size": 48, "num_key_value_heads": 1, "max_position_embeddings": 64}
-TOKENS = {"bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 1}
-FAMILIES: dict[str, dict[str, Any]] = {
-    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64, "vocab_size": ROWS, **TOKENS},
-    "llama": {**LLAMA, **TOKENS, "tie_word_embeddings": False},
-    "gpt_neox": {**SIZES, **TOKENS, "intermediate_size": 48, "max_position_embeddings": 64},
-    "qwen2": {**LLAMA, **TOKENS, "tie_word_embeddings": True},
-}
-
-
-def make_tokenizer(vocab_size: int, eos: str | None = "<eos>") -> Any:
-    vocab = {"<unk>": 0, "<eos>": 1} | {f"w{i}": i for i in range(2, vocab_size)}
-    backend = Tokenizer(models.WordLevel(vocab=vocab, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token=eos)
-
-
-def make_model(family: str, **changes: Any) -> Any:
-    torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(family, **FAMILIES.get(family, LLAMA | TOKENS), **changes)
-    auto: Any = transformers.AutoModelForCausalLM
-    return auto.from_config(config)
-
-
-def make_folder(folder: Path, family: str = "gpt2", vocab_size: int = 100, spread: float = 1.0, **changes: Any) -> Path:
-    model = make_model(family, **changes)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(spread)
-    model.save_pretrained(folder)
-    make_tokenizer(vocab_size).save_pretrained(folder)
-    return folder
+from tests.models import FAMILIES, ROWS, make_folder, make_model, make_tokenizer
+from tests.refusals import refusal
 
 
 def refused(kind: str, call: Any, *args: Any, **kwargs: Any) -> str:
-    with pytest.raises(BadInputError) as info:
-        call(*args, **kwargs)
-    assert info.value.kind == kind
-    assert info.value.exit_code == EXIT_BAD_INPUT
-    assert info.value.__cause__ is None
-    assert info.value.__suppress_context__ or info.value.__context__ is None
-    assert "\n" not in str(info.value)
-    return str(info.value)
+    """The message of a call's error, which is of this kind and hides what another library raised."""
+    error = refusal(call, *args, **kwargs)
+    assert error.kind == kind
+    assert error.__cause__ is None
+    assert error.__suppress_context__ or error.__context__ is None
+    return str(error)
 
 
 @pytest.fixture
@@ -405,4 +365,4 @@ def test_teacher_files_survive_a_process_boundary(folder: Path) -> None:
     assert isinstance(again, TeacherFiles)
     assert again == files
     assert again.weights_sha256 == files.weights_sha256
-    assert teacher_module.describe_teacher(again) == describe_teacher(files)
+    assert describe_teacher(again) == describe_teacher(files)

@@ -1,0 +1,238 @@
+"""The command line: stable exit codes, one-line errors, flags on top of recipes, nothing heavy imported early."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline import cli
+from pipeline.config import CaptureConfig
+from tests.models import make_folder, write_words
+
+SMALL = [
+    "--block-tokens",
+    "16",
+    "--k",
+    "8",
+    "--hidden-window",
+    "4",
+    "--batch-blocks",
+    "2",
+    "--shard-blocks",
+    "5",
+    "--device",
+    "cpu",
+]
+
+
+@pytest.fixture
+def teacher(tmp_path: Path) -> Path:
+    return make_folder(tmp_path / "teacher", spread=4.0)
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    return write_words(tmp_path / "text.jsonl")
+
+
+def kdpipe(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error of one command."""
+    capsys.readouterr()
+    code = cli.run([str(argument) for argument in arguments])
+    streams = capsys.readouterr()
+    return code, streams.out, streams.err
+
+
+def test_the_whole_job_from_text_to_evaluated_student(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, teacher: Path, text: Path
+) -> None:
+    cache, run = tmp_path / "cache", tmp_path / "run"
+    capture = ["cache-teacher", "--teacher", teacher, "--text", text, "--out", cache, *SMALL, "--json"]
+    code, out, _ = kdpipe(capsys, *capture)
+    assert (code, json.loads(out)["shards_captured_now"]) == (0, json.loads(out)["shards"])
+    assert json.loads(kdpipe(capsys, *capture)[1])["shards_captured_now"] == 0
+    assert kdpipe(capsys, "verify", cache)[:2] == (0, f"{cache}: 0 problem(s)\n")
+    assert json.loads(kdpipe(capsys, "inspect", cache, "--json")[1])["finished"]
+    train = ["train-student", "--cache", cache, "--out", run, "--teacher", teacher, "--num-layers", 1]
+    train += ["--batch-blocks", 4, "--device", "cpu", "--cosine-weight", 0.5, "--temperature", 2, "--json"]
+    code, out, err = kdpipe(capsys, *train)
+    assert code == 0, err
+    assert json.loads(out)["steps"] == 8
+    code, out, err = kdpipe(
+        capsys, "evaluate", "--models", run / "student", "--cache", cache, "--device", "cpu", "--json"
+    )
+    assert code == 0, err
+    assert json.loads(out)["models"][0]["cache"]["kl_to_teacher"] > 0
+
+
+def test_flags_go_on_top_of_a_recipe(tmp_path: Path, teacher: Path, text: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"cache-teacher:\n  teacher: {teacher}\n  text: [{text}]\n  out: cache\n  block-tokens: 64\n  k: 4\n"
+    )
+    config = cli.build(CaptureConfig, "cache-teacher", str(recipe), {"k": "8", "temperatures": "1,1.5"})
+    assert (config.block_tokens, config.k, config.temperatures) == (64, 8, (1.0, 1.5))
+
+
+def test_every_shipped_recipe_is_valid() -> None:
+    from train.config import TrainConfig
+    from train.evaluate_config import EvaluateConfig
+
+    models: dict[str, Any] = {"cache-teacher": CaptureConfig, "train-student": TrainConfig, "evaluate": EvaluateConfig}
+    needed = {"teacher": "t", "text": ("x",), "out": "o", "cache": "c", "models": ("m",)}
+    recipes = sorted(cli.RECIPE_FOLDERS[1].glob("*.yaml"))
+    assert {p.stem for p in recipes} >= {"demo", "distilgpt2", "smollm2"}
+    for path in recipes:
+        for section, values in cli.read_recipe(path.stem).items():
+            model = models[section]
+            missing = {k: v for k, v in needed.items() if k in model.model_fields and k not in values}
+            cli.build(model, section, path.stem, missing)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ("cache-teacher: {teecher: x}", "unknown-key: .*: cache-teacher: teecher, expected one of teacher"),
+        ("cache-student: {}", "unknown-key: .*: cache-student"),
+        ("cache-teacher: {k: many}", "bad-recipe: .*: cache-teacher: k, found Input should be a valid integer"),
+        ("cache-teacher: {hidden_window: 7}", "bad-recipe: .*found hidden_window 7 does not divide"),
+        ("cache-teacher: [", "bad-recipe"),
+        ("- a list", "bad-recipe: .*expected one mapping per command"),
+    ],
+)
+def test_a_bad_recipe_is_bad_input(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, recipe: str, message: str
+) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe)
+    arguments = ["cache-teacher", "--config", path, "--teacher", "t", "--text", "x.txt", "--out", tmp_path / "o"]
+    code, _, err = kdpipe(capsys, *arguments)
+    assert code == 3
+    assert_one_line(err, message)
+
+
+def assert_one_line(err: str, message: str) -> None:
+    import re
+
+    assert re.search(message, err), err
+    assert err.count("\n") == 1
+    assert "Traceback" not in err
+
+
+def test_an_unknown_recipe_names_the_shipped_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = kdpipe(capsys, "cache-teacher", "--config", "nonsense")
+    assert code == 3
+    assert_one_line(err, "unknown-recipe: nonsense, expected a YAML file or one of .*demo")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["cache-teacher"],
+        ["cache-teacher", "--nonsense"],
+        ["nonsense"],
+        ["cache-teacher", "--teacher", "t", "--text", "x", "--out", "o", "--k", "many"],
+        ["cache-teacher", "--teacher", "t", "--text", "x", "--out", "o", "--temperatures", "2,1"],
+        ["train-student", "--cache", "c", "--out", "o", "--student-config", "{not json"],
+    ],
+)
+def test_wrong_usage_exits_with_2(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+    code, _, err = kdpipe(capsys, *arguments)
+    assert code == 2
+    assert "Error: " in err
+    assert "Traceback" not in err
+
+
+def test_bad_input_exits_with_3_and_one_line(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, teacher: Path, text: Path
+) -> None:
+    def capture(**changes: object) -> tuple[int, str, str]:
+        flags = {"teacher": teacher, "text": text, "out": tmp_path / "cache", **changes}
+        return kdpipe(capsys, "cache-teacher", *(p for k, v in flags.items() for p in (f"--{k}", v)), *SMALL)
+
+    (tmp_path / "blank.txt").write_text(" \n\n \n")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9 au lait")
+    for changes, message in [
+        ({"teacher": tmp_path / "nobody"}, "unknown-teacher"),
+        ({"text": tmp_path / "nothing.txt"}, "unknown-text"),
+        ({"text": tmp_path / "blank.txt"}, "no-text"),
+        ({"text": tmp_path / "latin.txt"}, "invalid-utf8"),
+    ]:
+        code, _, err = capture(**changes)
+        assert code == 3, err
+        assert_one_line(err.splitlines(keepends=True)[-1], message)
+    for command in ("verify", "inspect"):
+        code, out, err = kdpipe(capsys, command, tmp_path / "no-cache")
+        assert code == 3
+        assert "not-a-cache" in out + err
+
+
+def test_what_would_lose_data_exits_with_4(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, teacher: Path, text: Path
+) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("mine")
+    code, _, err = kdpipe(
+        capsys, "cache-teacher", "--teacher", teacher, "--text", text, "--out", tmp_path / "full", *SMALL
+    )
+    assert code == 4
+    assert_one_line(err, "not-a-cache")
+
+
+def test_an_unfinished_cache_cannot_be_trained_on(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, teacher: Path, text: Path
+) -> None:
+    cache = tmp_path / "cache"
+    kdpipe(capsys, "cache-teacher", "--teacher", teacher, "--text", text, "--out", cache, *SMALL)
+    (cache / "seal.json").unlink()
+    code, _, err = kdpipe(capsys, "train-student", "--cache", cache, "--out", tmp_path / "run", "--num-layers", 1)
+    assert code == 3
+    assert_one_line(err, "unfinished-cache.*run the same cache-teacher command again")
+
+
+def test_an_interrupt_exits_with_130_and_says_how_to_go_on(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, teacher: Path, text: Path
+) -> None:
+    def interrupted(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pipeline.capture.capture", interrupted)
+    code, _, err = kdpipe(capsys, "cache-teacher", "--teacher", teacher, "--text", text, "--out", tmp_path / "c")
+    assert code == 130
+    assert "run the same command again" in err
+
+
+def test_a_dry_run_writes_nothing_and_tells_the_cost(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, teacher: Path, text: Path
+) -> None:
+    flags = ["--teacher", teacher, "--text", text, "--out", tmp_path / "cache", *SMALL, "--dry-run", "--json"]
+    code, out, err = kdpipe(capsys, "cache-teacher", *flags)
+    assert code == 0, err
+    facts = json.loads(out)
+    assert facts["tokens"] == 12 * 41
+    assert facts["bytes"] == pytest.approx(facts["tokens"] * facts["bytes_per_token"], abs=1)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_help_imports_nothing_heavy() -> None:
+    program = (
+        "import sys; from pipeline.cli import run; code = run(['--help']); "
+        "heavy = {'torch', 'transformers', 'dask', 'zarr', 'pydantic', 'numpy', 'datasets'} & set(sys.modules); "
+        "sys.exit(code or ' '.join(heavy) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert all(command in done.stdout for command in cli.COMMANDS)
+
+
+def test_help_of_a_command_shows_every_setting_with_its_meaning(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = kdpipe(capsys, "cache-teacher", "--help")
+    assert code == 0
+    for name, field in CaptureConfig.model_fields.items():
+        assert "--" + name.replace("_", "-") in out
+        assert field.description
