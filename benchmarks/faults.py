@@ -87,7 +87,7 @@ def change_campaign(cache: Path, changes: int, rng: random.Random) -> dict[str, 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--changes", type=int, default=200)
     parser.add_argument("--tokens", type=int, default=16_384)

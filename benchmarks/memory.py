@@ -46,7 +46,7 @@ def peak_bytes(text: Path, out: Path) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--chars", type=int, default=60_000, help="size of the smaller corpus")
     parser.add_argument("--times", type=int, default=10, help="how many times larger the other one is")
     options = parser.parse_args()

@@ -259,6 +259,8 @@ def differences(old: Manifest, new: Manifest) -> list[str]:
     """Readable ``setting: old, now new`` lines for all that differs between two fingerprints."""
 
     def flat(value: object, prefix: str = "") -> dict[str, object]:
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            value = dict(enumerate(value))
         if isinstance(value, dict):
             return {k: v for key, item in value.items() for k, v in flat(item, f"{prefix}{key}.").items()}
         return {prefix[:-1]: value}

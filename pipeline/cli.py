@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import types
 import typing
@@ -99,7 +100,7 @@ def build(model: type[Config], section: str, recipe: str | None, flags: dict[str
     except ValidationError as error:
         first = error.errors()[0]
         name = str(first["loc"][0]) if first["loc"] else ""
-        message = first["msg"].removeprefix("Value error, ")
+        message = "is required" if first["type"] == "missing" else first["msg"].removeprefix("Value error, ")
         if recipe and (name in values or not name) and name not in flags:
             place = f"{recipe}: {section}" + (f": {name}" if name else "")
             raise BadInputError("bad-recipe", place, found=message) from None
@@ -180,6 +181,9 @@ def emit(as_json: bool, result: dict[str, Any], lines: Iterable[str]) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of the ``kdpipe`` command."""
+    # Advice of the libraries on how to call them; read when they are imported.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DASK_LOGGING__DISTRIBUTED", "critical")
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("kdpipe").setLevel(logging.INFO)
     # A library's warning asks for a change of code, which is not the user's to make; our tests turn them into errors.

@@ -95,7 +95,8 @@ def inspect(cache: Path, as_json: bool) -> None:
 def train_student(config: TrainConfig, dry_run: bool, as_json: bool) -> None:
     """Train a student from a cache, without the teacher.
 
-    Run the same command again to go on after an interruption.
+    Only copied layers are read from the teacher's files, once, at the start. Run the same command again to go on
+    after an interruption.
     """
     from train.loop import plan, train
 
@@ -115,7 +116,13 @@ def evaluate(config: EvaluateConfig, as_json: bool) -> None:
 
 
 @click.command()
-@click.option("--out", type=click.Path(path_type=Path), default=Path("demo-out"), show_default=True, help="Folder.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("demo-out"),
+    show_default=True,
+    help="Folder for all results.",
+)
 @as_json
 def demo(out: Path, as_json: bool) -> None:
     """Run the whole pipeline offline on an embedded teacher and text."""

@@ -17,9 +17,10 @@ class CaptureConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     teacher: str
-    """Causal language model: a local folder or a hub name."""
+    """Causal language model: a local folder, a GGUF file or a hub name."""
     text: tuple[str, ...] = Field(min_length=1)
-    """Text: file (.jsonl, .parquet, .txt, each also .gz or .zst), folder, glob, hub data set, or python-docs:train."""
+    """Text: file (.jsonl, .json, .parquet, .txt, each also .gz or .zst), folder, glob, hub data set, or
+    python-docs:train or :heldout; may be given more than once."""
     out: Path
     """Folder of the cache."""
     revision: str | None = None
@@ -45,7 +46,7 @@ class CaptureConfig(BaseModel):
     batch_blocks: int = Field(default=4, ge=1)
     """Blocks in one forward pass of the teacher."""
     shard_blocks: int = Field(default=256, ge=1)
-    """Blocks in a shard: the unit that is committed at once."""
+    """Blocks in a shard: the unit that is committed at once, and the most that an interruption costs."""
     device: str = "auto"
     """Device of the teacher: auto, cpu, cuda, cuda:N or mps."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

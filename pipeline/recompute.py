@@ -33,6 +33,9 @@ def compare_with_teacher(cache: Path, teacher: str | None, *, gguf_file: str | N
     """
     reader = CacheReader.open(cache)
     manifest = reader.manifest
+    if teacher is None and manifest.teacher.revision is None:
+        hint = "say where the teacher lies with --teacher"
+        raise BadInputError("unknown-teacher", manifest.teacher.name, expected="a folder", hint=hint)
     name = teacher or manifest.teacher.name
     files = resolve_teacher(name, revision=None if teacher else manifest.teacher.revision, gguf_file=gguf_file)
     info, _ = describe_teacher(files)
@@ -63,7 +66,26 @@ def compare_with_teacher(cache: Path, teacher: str | None, *, gguf_file: str | N
 
 
 def _worst_difference(stored: dict[str, Array], fresh: dict[str, Array], step_nats: float) -> float:
-    """Largest difference in nats, by rank: neighbours in rank that are nearly equal may have changed places."""
-    head = np.abs(decode_gaps(stored["head_gaps"], step_nats) - decode_gaps(fresh["head_gaps"], step_nats))
-    others = [np.abs(stored[n] - fresh[n]) for n in ("log_normaliser", "block_loss", "block_entropy")]
-    return float(max(head.max(), *(part.max() for part in others)))
+    """Largest difference in nats over all targets, and in units of one plus its size over hidden states.
+
+    Tokens at the end of a head that are nearly equal may have changed places with others outside it.
+    """
+    heads = [decode_gaps(part["head_gaps"], step_nats).reshape(-1) for part in (stored, fresh)]
+    floors = [part["head_gaps"].sum(1, dtype=np.int64).reshape(-1) * -step_nats for part in (stored, fresh)]
+    k = stored["head_ids"].shape[-1]
+    # One number for each (position, token): the same token of the same position is compared, whatever its rank.
+    keys = [
+        part["head_ids"].reshape(-1).astype(np.int64) + np.repeat(np.arange(len(floors[0])), k) * (1 << 32)
+        for part in (stored, fresh)
+    ]
+    _, left, right = np.intersect1d(keys[0], keys[1], assume_unique=True, return_indices=True)
+    differences = [np.abs(heads[0][left] - heads[1][right])]
+    for own, common, other in ((0, left, 1), (1, right, 0)):
+        alone = np.setdiff1d(np.arange(len(keys[own])), common, assume_unique=True)
+        differences.append(heads[own][alone] - floors[other][alone // k])
+    differences += [np.abs(stored[n] - fresh[n]) for n in ("log_normaliser", "block_loss", "block_entropy")]
+    differences.append(np.abs(np.exp(stored["log_tail_mass"]) - np.exp(fresh["log_tail_mass"])))
+    if "hidden" in stored:
+        there, here = (part["hidden"].astype(np.float32) for part in (stored, fresh))
+        differences.append(np.abs(there - here) / (1 + np.abs(there)))
+    return max(float(part.max()) for part in differences if part.size)

@@ -209,7 +209,7 @@ def check_block_tokens(info: TeacherInfo, block_tokens: int) -> None:
             f"blocks for teacher {info.name}",
             expected=f"at most {info.max_positions} tokens",
             found=f"{block_tokens} tokens",
-            hint="use shorter blocks or a teacher with more positions",
+            hint="give a smaller --block-tokens, or a teacher with more positions",
         )
 
 

@@ -179,7 +179,7 @@ def _start(
 
 
 def pick_device(name: str) -> torch.device:
-    """Return the device that ``name`` asks for; BadInputError("unknown-device") where it is not there."""
+    """Return the device that ``name`` asks for; BadInputError("no-such-device") where it is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     available = {
@@ -193,7 +193,7 @@ def pick_device(name: str) -> torch.device:
         device = None
     if device is None or (device.index or 0) >= available.get(device.type, 0):
         expected = "auto, or one of " + ", ".join(kind for kind, number in available.items() if number)
-        raise BadInputError("unknown-device", "device", expected=expected, found=name)
+        raise BadInputError("no-such-device", f"device {name}", expected=expected)
     return device
 
 

@@ -39,7 +39,10 @@ def chosen_layers(depth: int, num_layers: int | None, layer_indices: tuple[int, 
     """The teacher's layers to copy, given or spread evenly; raises ``bad-student-config`` if there are no such."""
     if layer_indices is None:
         if num_layers is None or not 1 <= num_layers <= depth:
-            raise BadInputError("bad-student-config", "num_layers", expected=f"1 to {depth}", found=num_layers)
+            hint = "give --num-layers or --layer-indices" if num_layers is None else None
+            raise BadInputError(
+                "bad-student-config", "num_layers", expected=f"1 to {depth}", found=num_layers, hint=hint
+            )
         return spread_layers(num_layers, depth)
     if (
         not layer_indices

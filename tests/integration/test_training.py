@@ -275,7 +275,7 @@ def test_non_finite_loss_stops_before_the_optimizer(settings: dict[str, Any]) ->
 
 @pytest.mark.parametrize(
     ("changes", "kind"),
-    [({"device": "tpu9"}, "unknown-device"), ({"device": "cuda:77"}, "unknown-device")],
+    [({"device": "tpu9"}, "no-such-device"), ({"device": "cuda:77"}, "no-such-device")],
 )
 def test_devices_that_are_not_there_are_refused(settings: dict[str, Any], changes: dict[str, Any], kind: str) -> None:
     with pytest.raises(BadInputError, match=kind):

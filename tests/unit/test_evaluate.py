@@ -381,7 +381,7 @@ def test_caches_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 
 
 def test_an_absent_device_is_refused(tmp_path: Path, text: Path) -> None:
-    assert refusal(evaluate, tmp_path / "model", text=(str(text),), device="cuda:99").kind == "unknown-device"
+    assert refusal(evaluate, tmp_path / "model", text=(str(text),), device="cuda:99").kind == "no-such-device"
 
 
 @pytest.mark.parametrize(

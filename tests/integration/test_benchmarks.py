@@ -1,0 +1,72 @@
+"""Each benchmark runs, tiny, and prints JSON of the right shape; the README's quick start runs as it stands."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import faults, memory, quantisation, teacher
+from pipeline import cli
+from tests.synthetic import make_manifest, make_rows, write_cache
+
+README = Path(__file__).parents[2] / "README.md"
+
+
+def run(module: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: object) -> Any:
+    monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
+    module.main()
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.slow
+def test_the_fault_campaign_counts_kills_and_changes(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = run(faults, capsys, monkeypatch, "--kills", 1, "--changes", 6, "--tokens", 2048)
+    assert (report["kill"]["kills"], report["kill"]["different_after_resume"]) == (1, 0)
+    assert report["change"] == {"changes": 6, "detected": 6, "missed": []}
+
+
+@pytest.mark.slow
+def test_the_memory_benchmark_compares_two_corpora(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = run(memory, capsys, monkeypatch, "--chars", 4000, "--times", 2)
+    assert report["peak_ratio"] == pytest.approx(report["peak_bytes"]["2"] / report["peak_bytes"]["1"], abs=1e-3)
+
+
+def test_coarser_steps_are_smaller_and_less_exact(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    manifest = make_manifest(num_blocks=4, shard_blocks=4, block_tokens=64, vocab_size=400, k=16)
+    write_cache(tmp_path, manifest, make_rows(manifest))
+    rows = run(quantisation, capsys, monkeypatch, tmp_path)
+    fine, *coarse = [row for row in rows if row["stored_as"].startswith("steps")]
+    assert fine["largest_error_nats"] == 0
+    sizes, errors = ([row[key] for row in [fine, *coarse]] for key in ("bytes_per_token", "largest_error_nats"))
+    assert sizes == sorted(sizes, reverse=True)
+    assert errors == sorted(errors)
+
+
+def test_the_real_teacher_is_kept_out_of_the_repository(capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    monkeypatch.setattr(sys, "argv", ["teacher", "--out", str(README.parent / "models")])
+    with pytest.raises(SystemExit) as stopped:
+        sys.exit(teacher.main())
+    assert stopped.value.code == 3
+
+
+@pytest.mark.slow
+def test_the_quick_start_of_the_readme_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = README.read_text(encoding="utf-8")
+    block = text.split("<!-- quick start -->")[1].split("```bash\n")[1].split("```")[0]
+    commands = [shlex.split(line) for line in block.replace("\\\n", " ").splitlines() if line.strip()]
+    assert len(commands) >= 4
+    monkeypatch.chdir(README.parent)
+    for program, *arguments in commands:
+        assert program == "kdpipe"
+        assert cli.run([part.replace("work/", f"{tmp_path}/") for part in arguments]) == 0
