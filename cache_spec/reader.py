@@ -19,11 +19,12 @@ import numpy as np
 from cache_spec.errors import BadInputError, CacheError
 from cache_spec.layout import ArraySpec, array_specs
 from cache_spec.manifest import Manifest
-from cache_spec.receipts import Receipt, read_manifest, read_receipt, read_seal, unfinished
+from cache_spec.receipts import Receipt, read_manifest, read_receipt, read_seal, small_file_errors, unfinished
 from cache_spec.shardfile import Array, decode_chunk, decode_index, index_bytes
 from cache_spec.topk import decode_gaps
 
-_OPEN_SHARDS = 32
+# Times nine arrays, this stays below the 256 open files that some systems allow.
+_OPEN_SHARDS = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +97,8 @@ class CacheReader:
         manifest = read_manifest(path)
         if read_seal(path, manifest) is None:
             raise unfinished(path, manifest)
+        for error in small_file_errors(path, manifest):
+            raise error
         return cls(path, manifest)
 
     def read(self, name: str, blocks: Sequence[int] | Array) -> Array:

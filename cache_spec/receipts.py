@@ -7,7 +7,8 @@ A shard without a receipt does not exist; a cache without a seal is not finished
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -68,6 +69,22 @@ def read_manifest(cache: Path) -> Manifest:
             "not-a-cache", cache, expected=f"a folder with {MANIFEST_NAME}", found=error.strerror
         ) from None
     return Manifest.from_json(data, path)
+
+
+def small_file_errors(cache: Path, manifest: Manifest) -> Iterator[CacheError]:
+    """What is wrong with the small files that the manifest lists: array metadata, tokenizer, teacher configuration."""
+    for name, expected in sorted(manifest.files.items()):
+        path, parts = cache / name, PurePosixPath(name)
+        if parts.is_absolute() or ".." in parts.parts or "\\" in name or path.is_symlink():
+            yield CacheError("unsafe-path", name, expected="a plain file inside the cache")
+            continue
+        try:
+            digest = sha256_hex(path.read_bytes())
+        except OSError as error:
+            yield CacheError("missing-file", path, found=error.strerror)
+            continue
+        if digest != expected:
+            yield CacheError("file-mismatch", path, expected=expected, found=digest)
 
 
 def read_receipt(cache: Path, manifest: Manifest, shard: int) -> Receipt | None:

@@ -13,7 +13,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -33,6 +33,7 @@ from cache_spec.receipts import (
     read_seal,
     receipt_path,
     receipts_digest,
+    small_file_errors,
     unfinished,
 )
 from cache_spec.shardfile import Array
@@ -75,7 +76,7 @@ def verify_cache(cache: Path, on_shard: Callable[[int], object] = lambda shard: 
     problems = Problems()
     with problems.collecting():
         manifest = read_manifest(cache)
-        problems += _small_file_problems(cache, manifest)
+        problems += (Problem(e.kind, e.place, e.expected, e.found) for e in small_file_errors(cache, manifest))
         problems += _metadata_problems(cache, manifest)
         problems += _stray_files(cache, manifest)
         tokens = hashlib.sha256()
@@ -106,21 +107,6 @@ def verify_cache(cache: Path, on_shard: Callable[[int], object] = lambda shard: 
     return problems
 
 
-def _small_file_problems(cache: Path, manifest: Manifest) -> Iterator[Problem]:
-    for name, expected in sorted(manifest.files.items()):
-        path = cache / name
-        if not _is_inside(name) or path.is_symlink():
-            yield Problem("unsafe-path", name, "a plain file inside the cache", None)
-            continue
-        try:
-            digest = sha256_hex(path.read_bytes())
-        except OSError as error:
-            yield Problem("missing-file", str(path), None, error.strerror)
-            continue
-        if digest != expected:
-            yield Problem("file-mismatch", str(path), expected, digest)
-
-
 def _metadata_problems(cache: Path, manifest: Manifest) -> Iterator[Problem]:
     """Metadata must say what the manifest implies: a stock reader believes it, whatever its digest."""
     for name, data in sorted(zarr_metadata(manifest).items()):
@@ -139,11 +125,6 @@ def _metadata_problems(cache: Path, manifest: Manifest) -> Iterator[Problem]:
             same = False
         if not same:
             yield Problem("file-mismatch", str(path), "the metadata that the manifest implies", "other metadata")
-
-
-def _is_inside(name: str) -> bool:
-    path = PurePosixPath(name)
-    return not path.is_absolute() and ".." not in path.parts and "\\" not in name
 
 
 def _stray_files(cache: Path, manifest: Manifest) -> Iterator[Problem]:

@@ -62,7 +62,9 @@ def _kdpipe(arguments: list[str], quiet: bool) -> None:
     if code == EXIT_INTERRUPTED:
         raise KeyboardInterrupt
     if code:
-        raise KdpipeError("demo-stopped", f"kdpipe {arguments[0]}", found=f"exit code {code}")
+        stopped = KdpipeError("demo-stopped", f"kdpipe {arguments[0]}", found=f"exit code {code}")
+        stopped.exit_code = code
+        raise stopped
 
 
 def _shown(arguments: list[str]) -> str:
@@ -87,6 +89,7 @@ def _collect(cache: Path, held_out: Path, students: Path, quiet: bool) -> dict[s
     return {
         "cache": str(cache),
         "held_out_cache": str(held_out),
+        "held_out_tokens": inspect_cache(held_out)["tokens_done"],
         "cached_tokens": inspected["tokens_done"],
         "bytes_per_token": inspected["bytes_per_token"],
         "models": models,
@@ -111,7 +114,7 @@ def _lines(facts: dict[str, Any]) -> list[str]:
             ]
         )
     widths = [max(len(row[column]) for row in table) for column in range(len(heads))]
-    lines = ["", f"Held-out text, {HELD_OUT_TOKENS:,} tokens that neither teacher nor students have seen:", ""]
+    lines = ["", f"Held-out text, {facts['held_out_tokens']:,} tokens that neither teacher nor students have seen:", ""]
     lines += [
         "  ".join(
             cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
