@@ -5,15 +5,17 @@ In: bytes and a path. Out: a published file, or a ``cannot-write`` error with ev
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from cache_spec.errors import BadInputError
 
 TEMPORARY_PREFIX = ".tmp-"
+_NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK}
 
 
 @contextmanager
@@ -73,6 +75,13 @@ def publish_new(temporary: Path, path: Path) -> bool:
             os.link(temporary, path)
         except FileExistsError:
             return False
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            # No hard links here: a rename replaces, so look first; the caller's lock keeps others away meanwhile.
+            if path.exists():
+                return False
+            os.rename(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
     return True
@@ -89,9 +98,10 @@ def replace_file(path: Path, data: bytes) -> None:
         sync_folder(path.parent)
 
 
-def remove_leftovers(folder: Path) -> int:
-    """Delete temporary files that a killed run left below ``folder``; returns how many."""
-    leftovers = list(folder.rglob(f"{TEMPORARY_PREFIX}*"))
-    for leftover in leftovers:
-        leftover.unlink(missing_ok=True)
-    return len(leftovers)
+def remove_leftovers(folders: Iterable[Path]) -> None:
+    """Delete temporary files that a killed run left in ``folders``; folders inside them are not entered."""
+    for folder in folders:
+        with writing(folder):
+            for leftover in folder.glob(f"{TEMPORARY_PREFIX}*"):
+                if leftover.is_file():
+                    leftover.unlink(missing_ok=True)

@@ -22,6 +22,18 @@ from zarr.storage import MemoryStore
 from cache_spec.errors import CacheError
 from cache_spec.manifest import Manifest
 
+ARRAY_NAMES = (
+    "input_ids",
+    "block_lengths",
+    "head_ids",
+    "head_gaps",
+    "log_normaliser",
+    "log_tail_mass",
+    "hidden",
+    "block_loss",
+    "block_entropy",
+)
+"""Every array that a cache of this version may hold."""
 BLOSC_LEVEL = 3
 MAX_CHUNK_BYTES = 1 << 30
 
@@ -143,6 +155,7 @@ def array_specs(manifest: Manifest) -> dict[str, ArraySpec]:
         )
     add("block_loss", (), (), np.float32, "shuffle", description="teacher's mean next-token loss", units="nat")
     add("block_entropy", (), (), np.float32, "shuffle", description="teacher's mean entropy", units="nat")
+    assert set(specs) <= set(ARRAY_NAMES)
     for spec in specs.values():
         if spec.chunk_bytes > MAX_CHUNK_BYTES:
             raise CacheError(

@@ -7,6 +7,7 @@ A shard without a receipt does not exist; a cache without a seal is not finished
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
@@ -146,6 +147,21 @@ def receipts_digest(cache: Path, manifest: Manifest) -> str:
 def committed_shards(cache: Path, manifest: Manifest) -> list[int]:
     """Shards that have a receipt, ascending."""
     return [s for s in range(manifest.blocks.num_shards) if receipt_path(cache, s).exists()]
+
+
+def whole_shards(cache: Path, manifest: Manifest) -> set[int]:
+    """Shards whose receipt is valid and whose files are all there with their sizes; contents are not read."""
+    specs = array_specs(manifest)
+    whole = set()
+    for shard in range(manifest.blocks.num_shards):
+        try:
+            receipt = read_receipt(cache, manifest, shard)
+            paths = {name: cache / spec.shard_path(shard) for name, spec in specs.items()}
+            if receipt and all(os.lstat(paths[n]).st_size == file.num_bytes for n, file in receipt.files.items()):
+                whole.add(shard)
+        except (CacheError, OSError):
+            continue
+    return whole
 
 
 def unfinished(cache: Path, manifest: Manifest) -> CacheError:

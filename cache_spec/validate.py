@@ -118,13 +118,20 @@ def _metadata_problems(cache: Path, manifest: Manifest) -> Iterator[Problem]:
             content = path.read_bytes()
             if path.is_symlink() or sha256_hex(content) != manifest.files[name]:
                 continue  # reported with the other small files
-            same = json.loads(content) == json.loads(data)
+            same = _said(json.loads(content)) == _said(json.loads(data))
         except OSError:
             continue  # reported as missing
         except (ValueError, RecursionError):
             same = False
         if not same:
             yield Problem("file-mismatch", str(path), "the metadata that the manifest implies", "other metadata")
+
+
+def _said(metadata: object) -> object:
+    """What a ``zarr.json`` says: some versions of zarr-python write empty members, others leave them out."""
+    if not isinstance(metadata, dict):
+        return metadata
+    return {name: value for name, value in metadata.items() if value not in (None, [], {})}
 
 
 def _stray_files(cache: Path, manifest: Manifest) -> Iterator[Problem]:

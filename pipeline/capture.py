@@ -6,14 +6,10 @@ whatever happened, commits the shards that are missing and ends with the same ar
 
 from __future__ import annotations
 
-import datetime
 import logging
-import platform
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,76 +17,44 @@ import filelock
 import numpy as np
 from tqdm import tqdm
 
-from cache_spec.commit import commit_shard, create_cache
-from cache_spec.durable import make_folder, remove_leftovers, replace_file, writing
-from cache_spec.errors import BadInputError, WouldLoseDataError
-from cache_spec.layout import array_specs
+from cache_spec.commit import PUBLISH_LOCK, commit_shard, create_cache
+from cache_spec.durable import TEMPORARY_PREFIX, make_folder, remove_leftovers, replace_file, writing
+from cache_spec.errors import WouldLoseDataError
+from cache_spec.layout import ARRAY_NAMES, array_specs, zarr_metadata
 from cache_spec.manifest import (
     MANIFEST_NAME,
-    BlocksInfo,
-    ComputeInfo,
-    CorpusInfo,
-    EncodingInfo,
-    HiddenInfo,
     Manifest,
-    TeacherInfo,
-    TokenizerInfo,
     canonical_json,
     differences,
     sha256_hex,
 )
-from cache_spec.receipts import SEAL_NAME, committed_shards, read_manifest, read_receipt, write_seal
+from cache_spec.receipts import (
+    RECEIPTS_FOLDER,
+    SEAL_NAME,
+    read_manifest,
+    read_receipt,
+    receipt_path,
+    small_file_errors,
+    whole_shards,
+    write_seal,
+)
 from cache_spec.shardfile import Array
-from cache_spec.topk import DEFAULT_STEP_NATS
 from pipeline.blocks import StagedBlocks, stage_blocks
 from pipeline.config import CaptureConfig
-from pipeline.corpus import Corpus, resolve
+from pipeline.source import Source, refuse_differences, resolve_source, staged_manifest
 from pipeline.targets import encode_batch
-from pipeline.teacher import Teacher, load_teacher, pick_device, pick_dtype
+from pipeline.teacher import Teacher, load_teacher
 from pipeline.teacher_files import (
     TeacherFiles,
-    check_block_tokens,
-    describe_teacher,
     load_tokenizer,
-    resolve_teacher,
     save_teacher_description,
 )
 
 logger = logging.getLogger("kdpipe")
 
 LOCK_NAME = ".lock"
-STAGING_NAME = ".staging"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    """Everything a capture starts from, before any text is tokenised."""
-
-    config: CaptureConfig
-    files: TeacherFiles
-    teacher: TeacherInfo
-    tokenizer: TokenizerInfo
-    corpus: Corpus
-    compute: ComputeInfo
-
-
-def resolve_source(config: CaptureConfig) -> Source:
-    """Find and check teacher and text; nothing is written and no weights are loaded."""
-    files = resolve_teacher(config.teacher, revision=config.revision, gguf_file=config.gguf_file)
-    teacher, tokenizer = describe_teacher(files)
-    check_block_tokens(teacher, config.block_tokens)
-    if config.k > teacher.vocab_size:
-        raise BadInputError("k-too-large", f"k {config.k}", expected=f"at most the vocabulary of {teacher.vocab_size}")
-    device = pick_device(config.device)
-    dtype = str(pick_dtype(config.dtype, device)).removeprefix("torch.")
-    return Source(
-        config=config,
-        files=files,
-        teacher=teacher,
-        tokenizer=tokenizer,
-        corpus=resolve(config.text, text_field=config.text_field, split=config.split),
-        compute=ComputeInfo(device_type=device.type, dtype=dtype, batch_blocks=config.batch_blocks),
-    )
+STAGING_NAME = ".kdpipe-staging"
+_OWN_FOLDERS = (*ARRAY_NAMES, RECEIPTS_FOLDER, "tokenizer", "teacher")
 
 
 def capture(config: CaptureConfig, *, quiet: bool = False) -> dict[str, Any]:
@@ -100,27 +64,54 @@ def capture(config: CaptureConfig, *, quiet: bool = False) -> dict[str, Any]:
     """
     source = resolve_source(config)
     with exclusive(config.out):
+        remove_leftovers([config.out, *(config.out / name for name in _OWN_FOLDERS)])
         existing = read_manifest(config.out) if (config.out / MANIFEST_NAME).exists() else None
         if existing is not None:
             refuse_differences(existing, source)
-            if (config.out / SEAL_NAME).exists():
+            _restore_small_files(source, existing)
+            if (config.out / SEAL_NAME).exists() and not _missing_shards(config.out, existing):
                 logger.info("%s is finished already: %d blocks", config.out, existing.blocks.num_blocks)
+                shutil.rmtree(config.out / STAGING_NAME, ignore_errors=True)
                 return summary(config.out, existing, captured=0)
-        remove_leftovers(config.out)
         staged = _stage(source, quiet)
-        manifest = _staged_manifest(source, staged)
+        manifest = staged_manifest(source, staged)
         if existing is None:
-            manifest = create_cache(
-                config.out, manifest.model_copy(update={"files": _describe(source.files, config.out)})
-            )
+            # What a run killed before its manifest left may be of other settings; it is nobody's data yet.
+            for name in _OWN_FOLDERS:
+                shutil.rmtree(config.out / name, ignore_errors=True)
+            files = _describe(source.files, config.out)
+            manifest = create_cache(config.out, manifest.model_copy(update={"files": files}))
         elif existing.fingerprint != manifest.fingerprint:
             # The sources' digests are the same, so the tokenizer's library changed its mind.
             raise WouldLoseDataError("tokens-changed", config.out, found="; ".join(differences(existing, manifest)))
-        todo = sorted(set(range(manifest.blocks.num_shards)) - set(committed_shards(config.out, manifest)))
+        else:
+            manifest = existing
+        todo = _missing_shards(config.out, manifest)
+        with writing(config.out):
+            for stale in [config.out / SEAL_NAME, *(receipt_path(config.out, shard) for shard in todo)]:
+                stale.unlink(missing_ok=True)
         _run(source, manifest, staged, todo, quiet)
         write_seal(config.out, manifest)
         shutil.rmtree(config.out / STAGING_NAME, ignore_errors=True)
         return summary(config.out, manifest, captured=len(todo))
+
+
+def _missing_shards(out: Path, manifest: Manifest) -> list[int]:
+    """Shards still to be captured; a receipt whose files are gone or cut counts for nothing."""
+    return sorted(set(range(manifest.blocks.num_shards)) - whole_shards(out, manifest))
+
+
+def _restore_small_files(source: Source, manifest: Manifest) -> None:
+    """Write missing or changed metadata, tokenizer and configuration again; refuse if they cannot be made the same."""
+    out = source.config.out
+    if next(small_file_errors(out, manifest), None) is None:
+        return
+    _describe(source.files, out)
+    for path, data in zarr_metadata(manifest).items():
+        make_folder((out / path).parent)
+        replace_file(out / path, data)
+    for error in small_file_errors(out, manifest):
+        raise error
 
 
 @contextmanager
@@ -128,10 +119,15 @@ def exclusive(out: Path) -> Iterator[None]:
     """Hold the cache folder for this process; refuse a folder in use, or one that holds something else."""
     if out.exists() and not out.is_dir():
         raise WouldLoseDataError("not-a-folder", out)
-    foreign = [p.name for p in out.iterdir() if not p.name.startswith(".")] if out.exists() else []
-    # A capture killed before its manifest leaves only what it writes before it.
-    if foreign and MANIFEST_NAME not in foreign and not (out / STAGING_NAME).exists():
-        raise WouldLoseDataError("not-a-cache", out, expected="an empty folder or a cache", found=sorted(foreign)[0])
+    names = {path.name for path in out.iterdir()} if out.exists() else set()
+    # A capture killed before its manifest leaves only what it writes before it, beside the staged blocks.
+    ours = {LOCK_NAME, PUBLISH_LOCK, STAGING_NAME}
+    if STAGING_NAME in names:
+        ours |= {*_OWN_FOLDERS, "zarr.json"}
+        ours |= {name for name in names if name.startswith(TEMPORARY_PREFIX)}
+    foreign = names - ours
+    if foreign and MANIFEST_NAME not in names:
+        raise WouldLoseDataError("not-a-cache", out, expected="an empty folder or a cache", found=min(foreign))
     make_folder(out)
     lock = filelock.FileLock(out / LOCK_NAME)
     with writing(out):
@@ -144,73 +140,6 @@ def exclusive(out: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def refuse_differences(existing: Manifest, source: Source) -> None:
-    """Refuse to go on in a cache made with settings that would change its bytes."""
-    # The text is not tokenised yet: equal sources and settings give equal tokens, so the old counts stand in.
-    corpus = existing.corpus.model_copy(update={"sources": source.corpus.sources})
-    wanted = existing.model_copy(update=_content(source, corpus, existing.blocks.num_blocks))
-    found = differences(existing, wanted)
-    if found:
-        raise WouldLoseDataError(
-            "other-settings",
-            source.config.out,
-            found="; ".join(found),
-            hint="choose another --out, or the old settings",
-        )
-
-
-def _content(source: Source, corpus: CorpusInfo, num_blocks: int) -> dict[str, Any]:
-    """The parts of a manifest that its fingerprint covers."""
-    config = source.config
-    return {
-        "teacher": source.teacher,
-        "tokenizer": source.tokenizer,
-        "corpus": corpus.model_copy(update={"text_field": config.text_field}),
-        "blocks": BlocksInfo(
-            num_blocks=num_blocks,
-            block_tokens=config.block_tokens,
-            shard_blocks=config.shard_blocks,
-            last_block=config.last_block,
-            limit_tokens=config.limit_tokens,
-        ),
-        "encoding": EncodingInfo(name="topk", k=config.k, step_nats=DEFAULT_STEP_NATS),
-        "temperatures": config.temperatures,
-        "hidden": HiddenInfo(window=config.hidden_window) if config.hidden_window else None,
-        "compute": source.compute,
-    }
-
-
-def _manifest(source: Source, corpus: CorpusInfo, num_blocks: int) -> Manifest:
-    libraries = ("kdpipe", "torch", "transformers", "tokenizers", "zarr", "numcodecs")
-    provenance = {
-        **{name: version(name) for name in libraries},
-        "python": platform.python_version(),
-        "machine": f"{platform.system()} {platform.machine()}",
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
-    return Manifest(**_content(source, corpus, num_blocks), files={}, provenance=provenance)
-
-
-def draft_manifest(source: Source, *, num_blocks: int) -> Manifest:
-    """A manifest for ``num_blocks`` full blocks of text that is not tokenised: right in everything but the corpus."""
-    num_tokens = num_blocks * source.config.block_tokens
-    corpus = CorpusInfo(
-        sources=(), text_field=source.config.text_field, num_documents=1, num_tokens=num_tokens, tokens_sha256="0" * 64
-    )
-    return _manifest(source, corpus, num_blocks)
-
-
-def _staged_manifest(source: Source, staged: StagedBlocks) -> Manifest:
-    corpus = CorpusInfo(
-        sources=source.corpus.sources,
-        text_field=source.config.text_field,
-        num_documents=staged.num_documents,
-        num_tokens=staged.num_tokens,
-        tokens_sha256=staged.tokens_sha256,
-    )
-    return _manifest(source, corpus, staged.num_blocks)
 
 
 def _describe(files: TeacherFiles, out: Path) -> dict[str, str]:

@@ -15,8 +15,9 @@ import numpy as np
 from cache_spec.errors import BadInputError
 from cache_spec.layout import array_specs
 from cache_spec.shardfile import encode_shard
-from pipeline.capture import Source, draft_manifest, encode_blocks, resolve_source
+from pipeline.capture import encode_blocks
 from pipeline.config import CaptureConfig
+from pipeline.source import Source, draft_manifest, resolve_source
 from pipeline.teacher import load_teacher
 from pipeline.teacher_files import load_tokenizer
 

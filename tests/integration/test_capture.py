@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 import torch
 import transformers
 
-from cache_spec import commit, receipts
+from cache_spec import commit, durable, receipts
 from cache_spec.errors import BadInputError, KdpipeError, WouldLoseDataError
 from cache_spec.reader import CacheReader
 from cache_spec.receipts import committed_shards
@@ -225,6 +226,63 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_later(
     assert 0 < len(done) < inspect_manifest(config).blocks.num_shards
     capture(config)
     assert verify_cache(config.out) == []
+
+
+@pytest.mark.parametrize(
+    "lost", ["head_ids/c.0.0.0", "receipts/00000001.json", "hidden", "tokenizer", "head_gaps/zarr.json"]
+)
+@pytest.mark.parametrize("sealed", [True, False])
+def test_what_is_missing_is_captured_again(config: CaptureConfig, lost: str, sealed: bool) -> None:
+    capture(config)
+    before = contents(config.out)
+    path = config.out / lost
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if not sealed:
+        (config.out / "seal.json").unlink()
+    capture(config)
+    assert verify_cache(config.out) == []
+    assert contents(config.out) == before
+
+
+def test_a_capture_killed_before_its_manifest_leaves_nothing_to_another(
+    config: CaptureConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = durable.replace_file
+
+    def stops(path: Path, data: bytes) -> None:
+        if path.name == "manifest.json":
+            raise KeyboardInterrupt
+        real(path, data)
+
+    monkeypatch.setattr("cache_spec.commit.replace_file", stops)
+    with pytest.raises(KeyboardInterrupt):
+        capture(config)
+    monkeypatch.setattr("cache_spec.commit.replace_file", real)
+    capture(changed(config, hidden_window=0))
+    assert verify_cache(config.out) == []
+
+
+def test_staged_blocks_of_a_finished_capture_do_not_stay(config: CaptureConfig) -> None:
+    capture(config)
+    (config.out / STAGING_NAME).mkdir()
+    capture(config)
+    assert not (config.out / STAGING_NAME).exists()
+
+
+@pytest.mark.parametrize("name", [".git/.tmp-object", ".staging/important", "tokenizer/mine.json", ".tmp-folder/x"])
+def test_hidden_files_and_familiar_names_of_others_are_left_alone(config: CaptureConfig, name: str) -> None:
+    foreign = config.out / name
+    foreign.parent.mkdir(parents=True)
+    foreign.write_text("mine")
+    with pytest.raises(WouldLoseDataError, match="not-a-cache"):
+        capture(config)
+    assert foreign.read_text() == "mine"
+
+
+def test_a_shard_beyond_any_memory_is_refused_before_the_text_is_read(config: CaptureConfig) -> None:
+    with pytest.raises(BadInputError, match=r"chunk-too-large.*--shard-blocks"):
+        capture(changed(config, shard_blocks=10**9))
+    assert not config.out.exists()
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")

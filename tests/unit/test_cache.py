@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +15,7 @@ import zarr
 from cache_spec.commit import commit_shard, create_cache
 from cache_spec.errors import BadInputError, CacheError
 from cache_spec.layout import array_specs
-from cache_spec.manifest import Manifest, differences
+from cache_spec.manifest import Manifest, differences, sha256_hex
 from cache_spec.reader import CacheReader
 from cache_spec.receipts import read_receipt, receipt_path, write_seal
 from cache_spec.shardfile import Array
@@ -250,4 +253,28 @@ def test_verify_finds_every_single_byte_change(tmp_path: Path) -> None:
         path.write_bytes(data[:position] + bytes([data[position] ^ int(rng.integers(1, 256))]) + data[position + 1 :])
         assert verify_cache(tmp_path), f"{path} byte {position}"
         path.write_bytes(data)
+    assert verify_cache(tmp_path) == []
+
+
+def test_a_file_system_without_hard_links_still_publishes_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*args: object) -> None:
+        raise OSError(errno.EPERM, "no links here")
+
+    monkeypatch.setattr(os, "link", refused)
+    manifest = make_manifest()
+    rows = make_rows(manifest)
+    manifest = write_cache(tmp_path, manifest, rows)
+    commit_shard(tmp_path, manifest, 0, shard_rows(manifest, make_rows(manifest, seed=9), 0))
+    assert verify_cache(tmp_path) == []
+    np.testing.assert_array_equal(CacheReader.open(tmp_path).read("head_ids", [0]), rows["head_ids"][:1])
+
+
+def test_metadata_with_empty_members_says_the_same(tmp_path: Path) -> None:
+    """Some versions of zarr-python write members that others leave out; a cache opens with all of them."""
+    manifest = make_manifest()
+    metadata = tmp_path / "zarr.json"
+    manifest = write_cache(tmp_path, manifest, make_rows(manifest))
+    metadata.write_text(json.dumps({**json.loads(metadata.read_text()), "consolidated_metadata": None}))
+    files = {**manifest.files, "zarr.json": sha256_hex(metadata.read_bytes())}
+    (tmp_path / "manifest.json").write_bytes(manifest.model_copy(update={"files": files}).to_json())
     assert verify_cache(tmp_path) == []

@@ -184,16 +184,14 @@ def test_errors_of_another_sort_pass_through(tmp_path: Path) -> None:
         _ = 1 // 0
 
 
-def test_leftovers_are_removed_at_any_depth_and_nothing_else(tmp_path: Path) -> None:
-    (tmp_path / "head_ids").mkdir()
-    kept = [tmp_path / "manifest.json", tmp_path / "head_ids" / "c.0.0.0", tmp_path / ".publish.lock"]
+def test_leftovers_are_removed_where_named_and_nothing_else(tmp_path: Path) -> None:
+    kept = [tmp_path / "manifest.json", tmp_path / "head_ids" / "c.0.0.0", tmp_path / "foreign" / "file"]
     for path in kept:
+        path.parent.mkdir(exist_ok=True)
         path.write_bytes(b"kept")
-    for path in kept[:2]:
-        write_temporary(path, b"of a killed run")
-    assert remove_leftovers(tmp_path) == 2
-    assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == sorted(kept)
-    assert remove_leftovers(tmp_path) == 0
+    left = [write_temporary(path, b"of a killed run") for path in kept]
+    remove_leftovers([tmp_path, tmp_path / "head_ids", tmp_path / "not there"])
+    assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == sorted([*kept, left[2]])
 
 
 @pytest.mark.parametrize("at", [3, 9, 12])
@@ -217,7 +215,7 @@ def test_a_disk_that_fills_up_amid_a_shard_leaves_nothing_of_it(
     with refused():
         commit_shard(tmp_path, manifest, 0, rows)
     monkeypatch.undo()
-    assert remove_leftovers(tmp_path) == 0
+    assert list(tmp_path.rglob(".tmp-*")) == []
     assert read_receipt(tmp_path, manifest, 0) is None
     assert commit_shard(tmp_path, manifest, 0, rows) == read_receipt(tmp_path, manifest, 0)
 
