@@ -141,6 +141,8 @@ class TrainConfig(BaseModel):
             raise ValueError(f"checkpoint means nothing with student = {self.student}")
         if self.student != "teacher-layers" and self.layer_indices is not None:
             raise ValueError(f"layer_indices means nothing with student = {self.student}")
+        if self.student == "teacher-layers" and self.initializer_range is not None:
+            raise ValueError("initializer_range means nothing with student = teacher-layers: its weights are copied")
         if self.student == "checkpoint":
             for name in ("num_layers", "student_config", "initializer_range"):
                 if getattr(self, name) is not None:

@@ -25,6 +25,7 @@ from train.batches import on_device, to_tensors
 from train.distiller import DistilBatch, shift_labels
 from train.evaluate_config import EvaluateConfig
 from train.losses import SparseTargets
+from train.memory import out_of_memory_at
 from train.run import pick_device
 from train.scorer import FoundModel, Scorer, compare_with_targets, find_model, label_losses, load_scorer, pick_dtype
 from train.student import quiet_transformers
@@ -48,7 +49,7 @@ def evaluate_models(config: EvaluateConfig, *, quiet: bool = False) -> list[dict
     Texts, cache, tokenizers and configurations are all checked before the first weight is loaded. Raises
     BadInputError, among its kinds ``unknown-model``, ``unreadable-weights``, ``not-a-causal-lm``, ``no-tokenizer``,
     ``block-too-long``, ``student-vocabulary``, ``vocabulary-mismatch`` and those of ``read_text``; and KdpipeError
-    ``non-finite-loss``.
+    ``non-finite-loss`` or ``out-of-memory``.
     """
     device = pick_device(config.device)
     reader = None if config.cache is None else CacheReader.open(config.cache)
@@ -56,7 +57,8 @@ def evaluate_models(config: EvaluateConfig, *, quiet: bool = False) -> list[dict
         reader.manifest.temperature_index(config.temperature)
     texts = {name: read_text(Path(name).expanduser(), config.limit_bytes) for name in config.text}
     # Models warn of padding without a mask, where blocks hold an id that is also the padding's.
-    with quiet_transformers():
+    hint = "fewer --batch-blocks, a smaller --block-tokens or --dtype bfloat16 takes less"
+    with quiet_transformers(), out_of_memory_at(f"evaluation on {device}", hint):
         sources = [find_model(name, texts, reader, config) for name in config.models]
         return [_measure(source, reader, config, device, quiet) for source in sources]
 

@@ -59,7 +59,7 @@ def export_student(
         try:
             _write(model, temporary, tokenizer_folder, manifest, card)
             _compare(model, temporary)
-            _sync(temporary)
+            sync_files(temporary)
             if out.exists():
                 os.rename(out, old)
             os.rename(temporary, out)
@@ -178,7 +178,8 @@ def _short_logits(model: Any) -> torch.Tensor:
     return logits_BTV
 
 
-def _sync(folder: Path) -> None:
+def sync_files(folder: Path) -> None:
+    """Make the files of a folder, and their names, durable."""
     for path in folder.iterdir():
         with open(path, "rb") as file:
             os.fsync(file.fileno())

@@ -25,6 +25,7 @@ from train.config import TrainConfig
 from train.distiller import LossWeights, TermCounts
 from train.export import export_student
 from train.interrupts import Interrupted, Interrupts
+from train.memory import out_of_memory_at
 from train.order import IndexArray
 from train.run import (
     Run,
@@ -43,12 +44,14 @@ from train.run_folder import (
     Metrics,
     claimed,
     finished_result,
+    published_run,
     read_metrics,
-    read_run,
     rebuild_student,
+    refuse_foreign,
     write_result,
 )
 from train.schedule import learning_rate
+from train.student import quiet_transformers
 
 logger = logging.getLogger("kdpipe")
 
@@ -63,30 +66,34 @@ def train(config: TrainConfig, *, quiet: bool = False) -> dict[str, Any]:
     device = pick_device(config.device)
     precision = pick_precision(config.precision, device)
     identity = (reader.manifest.fingerprint, config.result_settings() | {"precision": precision})
-    with claimed(config.out):
-        run_record = read_run(config.out)
-        if run_record is not None:
-            refuse_another_run(config.out, saved=(run_record["fingerprint"], run_record["settings"]), asked=identity)
+    # transformers gives advice on padding, of which blocks have none that a loss sees.
+    with claimed(config.out), quiet_transformers():
+        if _goes_on(config, identity):
             result = finished_result(config.out)
             if result is not None:
                 logger.info("%s is finished already: nothing to do", config.out)
                 return result
-        run = open_run(config, reader, weights, device, precision, identity)
+        with out_of_memory_at(f"start on {device}"):
+            run = open_run(config, reader, weights, device, precision, identity)
         _take_steps(run, quiet=quiet)
-        return _finish(run)
+        with out_of_memory_at("export of the student", hint="the same command goes on from the last checkpoint"):
+            return _finish(run)
 
 
 def plan(config: TrainConfig) -> dict[str, Any]:
     """Return what ``train`` would do and cost, by building the student and timing a pass; writes nothing."""
+    device = pick_device(config.device)
+    with quiet_transformers(), out_of_memory_at(f"plan on {device}"):
+        return _plan(config, device)
+
+
+def _plan(config: TrainConfig, device: torch.device) -> dict[str, Any]:
     reader = CacheReader.open(config.cache)
     weights = loss_weights(config, reader)
-    device = pick_device(config.device)
     precision = pick_precision(config.precision, device)
+    refuse_foreign(config.out)
+    _goes_on(config, (reader.manifest.fingerprint, config.result_settings() | {"precision": precision}))
     steps = step_plan(config, reader)
-    run_record = read_run(config.out)
-    if run_record is not None:
-        identity = (reader.manifest.fingerprint, config.result_settings() | {"precision": precision})
-        refuse_another_run(config.out, saved=(run_record["fingerprint"], run_record["settings"]), asked=identity)
     checkpoint = load_latest(config.out / CHECKPOINTS_NAME)
     done = checkpoint.position.step if checkpoint else 0
     items = micro_batches(
@@ -115,7 +122,8 @@ def plan(config: TrainConfig) -> dict[str, Any]:
     return {
         "steps": steps.total_steps,
         "steps_done": done,
-        "tokens_to_train": blocks * reader.manifest.blocks.block_tokens,
+        # Real tokens, where a kept last block is a partial one: exact for whole epochs.
+        "tokens_to_train": blocks * reader.manifest.corpus.num_tokens // steps.num_blocks,
         "parameters": sum(parameter.numel() for parameter in student.parameters()),
         "device": str(device),
         "precision": precision,
@@ -124,6 +132,14 @@ def plan(config: TrainConfig) -> dict[str, Any]:
         "checkpoint_bytes": 12 * trained,
         "out": str(config.out),
     }
+
+
+def _goes_on(config: TrainConfig, identity: tuple[str, dict[str, Any]]) -> bool:
+    """Whether there is something of this run to go on from; raises WouldLoseDataError for something of another."""
+    record = published_run(config.out)
+    if record is not None:
+        refuse_another_run(config.out, saved=(record["fingerprint"], record["settings"]), asked=identity)
+    return record is not None
 
 
 def _take_steps(run: Run, *, quiet: bool) -> None:
@@ -156,7 +172,8 @@ def _take_steps(run: Run, *, quiet: bool) -> None:
             step = run.position.step
             rng = rng_states(run.device)
             try:
-                outcome = _step(run, batches, interrupts)
+                with out_of_memory_at(f"step {step} on {run.device}"):
+                    outcome = _step(run, batches, interrupts)
             except Interrupted:
                 # The weights are those of the step before; dropout's state goes back to where it was then.
                 run.optimizer.zero_grad(set_to_none=True)
@@ -165,9 +182,6 @@ def _take_steps(run: Run, *, quiet: bool) -> None:
                 run.save(rng)
                 logger.info("stopped after step %d: the same command goes on from there", step)
                 raise KeyboardInterrupt from None
-            except torch.OutOfMemoryError as error:
-                hint = "a smaller --chunk-rows helps here; fewer --batch-blocks with more --accumulate is another run"
-                raise KdpipeError("out-of-memory", f"step {step} on {run.device}", found=error, hint=hint) from None
             now = time.perf_counter()
             epoch, samples = plan.start_of(step + 1)
             run.position = Position(
@@ -247,7 +261,8 @@ def _step(run: Run, batches: Iterator[MicroBatch], interrupts: Interrupts) -> _O
         epoch, counts, ended = micro.epoch, micro.counts, micro.ends_step
     norm = nn.utils.clip_grad_norm_(run.parameters(), config.max_grad_norm)
     per_micro = torch.stack(sums)
-    # The one place where a step waits for the device: nothing may be applied before it is known to be finite.
+    # The step waits here for the device (as the loss does, for its rows): nothing may be applied before it is known
+    # to be finite.
     values = torch.cat([per_micro.sum(dim=0), norm.detach().float().reshape(1)]).tolist()
     if not all(math.isfinite(value) for value in values):
         raise _non_finite(run.position.step, seen, per_micro, norm)
@@ -295,6 +310,7 @@ def _finish(run: Run) -> dict[str, Any]:
     config, student, position = run.config, run.distiller.student, run.position
     lines = read_metrics(config.out)
     last = lines[-1] if lines else {}
+    # Of the last step alone, whose blocks are few; the divergence has its factor of the squared temperature.
     figures: dict[str, Any] = {name: last[name] for name in ("loss", "kl", "ce", "cosine", "mse") if name in last}
     result = {
         "steps": position.step,
@@ -303,7 +319,7 @@ def _finish(run: Run) -> dict[str, Any]:
         "seconds": round(position.seconds, 3),
         "tokens_per_s": round(position.tokens / position.seconds, 1) if position.seconds else None,
         "parameters": sum(parameter.numel() for parameter in student.parameters()),
-        **figures,
+        "last_step": figures,
         "student": STUDENT_NAME,
         "fingerprint": run.identity[0],
     }

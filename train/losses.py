@@ -120,6 +120,12 @@ def head_loss(
     return HeadLoss(*_HeadLossFunction.apply(*inputs))  # type: ignore[no-untyped-call]
 
 
+def _keeps_graph() -> bool:
+    """Whether the backward pass that is running was called with ``retain_graph``; True where torch does not tell."""
+    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return ask is None or bool(ask())
+
+
 class _HeadLossFunction(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -148,8 +154,10 @@ class _HeadLossFunction(torch.autograd.Function):
     def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         # The unit is applied here: gradients times 1 / count would underflow in float16 before a loss scaler sees them.
         scale = grad_total * ctx.unit
+        # The weight's is as large as the head: it is scaled in place, unless the graph is kept for another backward.
+        multiply = torch.mul if _keeps_graph() else torch.Tensor.mul_
         gradients = tuple(
-            None if grad is None else (grad * scale).to(dtype)
+            None if grad is None else multiply(grad, scale).to(dtype)
             for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
         return (*gradients, None, None, None, None)

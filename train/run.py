@@ -21,7 +21,7 @@ from train.batches import StepPlan
 from train.checkpoint import Position, load_latest, refuse_another_run, restore, save_checkpoint
 from train.config import TrainConfig
 from train.distiller import Distiller, LossWeights, check_student_head
-from train.run_folder import CHECKPOINTS_NAME, rebuild_student, save_student_config, write_run
+from train.run_folder import CHECKPOINTS_NAME, rebuild_student, save_student_config, set_dropout, write_run
 from train.student import StudentBuild, build_student
 
 logger = logging.getLogger("kdpipe")
@@ -128,6 +128,10 @@ def first_student(config: TrainConfig, reader: CacheReader) -> StudentBuild:
         initializer_range=config.initializer_range,
     )
     check_student_head(built.model)
+    if config.dropout is not None:
+        set_dropout(built.model, config.dropout)
+    if config.freeze_position_embeddings:
+        _position_embeddings(built.model)
     return built
 
 
@@ -147,7 +151,8 @@ def build_distiller(
         chunk_rows=config.chunk_rows,
     ).to(device)
     if config.freeze_position_embeddings:
-        _freeze_position_embeddings(distiller)
+        for embedding in _position_embeddings(student):
+            embedding.weight.requires_grad_(False)
     return distiller.train()
 
 
@@ -174,7 +179,7 @@ def _start(
             "total_steps": plan.total_steps,
         },
     )
-    save_student_config(config.out, built.model, config.dropout)
+    save_student_config(config.out, built.model)
     return dict(built.model.state_dict())
 
 
@@ -199,9 +204,11 @@ def pick_device(name: str) -> torch.device:
 
 def pick_precision(name: str, device: torch.device) -> Precision:
     """Return the arithmetic of the forward pass; BadInputError where the device lacks it."""
-    has_bf16 = torch.cuda.is_bf16_supported() if device.type == "cuda" else device.type == "cpu"
     if name == "auto":
-        return "bf16" if device.type == "cuda" and has_bf16 else "fp32"
+        # Emulated, bf16 is slower than fp32.
+        fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bf16" if fast else "fp32"
+    has_bf16 = torch.cuda.is_bf16_supported() if device.type == "cuda" else device.type == "cpu"
     if name == "bf16" and not has_bf16:
         raise BadInputError("no-bf16", f"device {device}", hint="use --precision fp32")
     return "bf16" if name == "bf16" else "fp32"
@@ -237,17 +244,16 @@ def _optimizer(distiller: Distiller, config: TrainConfig) -> torch.optim.AdamW:
     )
 
 
-def _freeze_position_embeddings(distiller: Distiller) -> None:
+def _position_embeddings(student: PreTrainedModel) -> list[nn.Embedding]:
     found = [
         module
-        for name, module in distiller.student.named_modules()
+        for name, module in student.named_modules()
         if name.rpartition(".")[2] in _POSITION_EMBEDDINGS and isinstance(module, nn.Embedding)
     ]
     if not found:
         raise BadInputError(
             "no-position-embeddings",
-            f"student of type {distiller.student.config.model_type}",
+            f"student of type {student.config.model_type}",
             hint="only models with learnt positions, such as gpt2, have them: leave freeze_position_embeddings out",
         )
-    for module in found:
-        module.weight.requires_grad_(False)
+    return found

@@ -25,13 +25,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from cache_spec.durable import TEMPORARY_PREFIX, make_folder, replace_file, writing
 from cache_spec.errors import BadInputError, WouldLoseDataError
 from train.checkpoint import CheckpointError
+from train.export import sync_files
 from train.student import quiet_transformers
+from train.student_config import first_line
 
 RUN_NAME = "run.json"
 RESULT_NAME = "result.json"
 STUDENT_NAME = "student"
 CHECKPOINTS_NAME = "checkpoints"
 _STUDENT_CONFIG_NAME = "student_config"
+_GENERATION_NAME = "generation_config.json"
 _METRICS_NAME = "metrics.jsonl"
 _LOCK_NAME = ".lock"
 
@@ -39,7 +42,7 @@ _LOCK_NAME = ".lock"
 @contextmanager
 def claimed(out: Path) -> Iterator[None]:
     """Hold a run folder for this process alone; WouldLoseDataError if another run or other files are there."""
-    _refuse_foreign(out)
+    refuse_foreign(out)
     make_folder(out)
     lock = FileLock(out / _LOCK_NAME, timeout=0)
     with writing(out / _LOCK_NAME):
@@ -49,7 +52,7 @@ def claimed(out: Path) -> Iterator[None]:
             hint = "wait for it, or give another --out"
             raise WouldLoseDataError("run-in-use", out, found="another training that is running", hint=hint) from None
     try:
-        _refuse_foreign(out)
+        refuse_foreign(out)
         for folder in (out, out / _STUDENT_CONFIG_NAME):
             for leftover in folder.glob(f"{TEMPORARY_PREFIX}*.json*"):
                 leftover.unlink(missing_ok=True)
@@ -58,8 +61,14 @@ def claimed(out: Path) -> Iterator[None]:
         lock.release()
 
 
-def read_run(out: Path) -> dict[str, Any] | None:
-    """Return what ``run.json`` says, or None where no run was started."""
+def published_run(out: Path) -> dict[str, Any] | None:
+    """Return what ``run.json`` says, or None where nothing of a run is worth keeping: it left no checkpoint or result.
+
+    A start that failed leaves ``run.json`` alone, and that must not stand in the way of the corrected command.
+    """
+    kept = (out / RESULT_NAME, out / STUDENT_NAME, *(out / CHECKPOINTS_NAME).glob("step-*"))
+    if not any(path.exists() for path in kept):
+        return None
     run = _read_json(out / RUN_NAME)
     if run is not None and not (isinstance(run.get("fingerprint"), str) and isinstance(run.get("settings"), dict)):
         raise CheckpointError("damaged-run", out / RUN_NAME, expected="a run's fingerprint and settings")
@@ -72,8 +81,15 @@ def write_run(out: Path, content: Mapping[str, Any]) -> None:
 
 
 def finished_result(out: Path) -> dict[str, Any] | None:
-    """Return the result of a run that has ended and whose student is there, else None."""
-    return _read_json(out / RESULT_NAME) if (out / STUDENT_NAME / "config.json").is_file() else None
+    """Return the result of a run that has ended and whose student is there, else None: it is then finished again."""
+    student = out / STUDENT_NAME
+    if not (student / "config.json").is_file() or not any(student.glob("*.safetensors")):
+        return None
+    try:
+        result = _read_json(out / RESULT_NAME)
+    except CheckpointError:
+        return None
+    return result if result is not None and {"steps", "fingerprint"} <= result.keys() else None
 
 
 def write_result(out: Path, result: Mapping[str, Any]) -> None:
@@ -81,21 +97,27 @@ def write_result(out: Path, result: Mapping[str, Any]) -> None:
     _write_json(out / RESULT_NAME, result)
 
 
-def save_student_config(out: Path, student: PreTrainedModel, dropout: float | None) -> None:
-    """Keep all that ``rebuild_student`` needs; every dropout of the student is set to ``dropout``, if given."""
+def set_dropout(student: PreTrainedModel, dropout: float) -> None:
+    """Set every dropout in a student's config, which a rebuilt student then has; BadInputError("no-dropout")."""
     config = student.config
-    if dropout is not None:
-        names = [name for name, value in config.to_dict().items() if _is_dropout(name, value)]
-        if not names and dropout > 0:
-            hint = "this kind of model has no dropout: leave the setting out"
-            raise BadInputError("no-dropout", f"student of type {config.model_type}", found=f"{dropout}", hint=hint)
-        for name in names:
-            setattr(config, name, dropout)
+    names = [name for name, value in config.to_dict().items() if _is_dropout(name, value)]
+    if not names and dropout > 0:
+        hint = "this kind of model has no dropout: leave the setting out"
+        raise BadInputError("no-dropout", f"student of type {config.model_type}", found=f"{dropout}", hint=hint)
+    for name in names:
+        setattr(config, name, dropout)
+
+
+def save_student_config(out: Path, student: PreTrainedModel) -> None:
+    """Keep, durably, all that ``rebuild_student`` needs."""
     folder = out / _STUDENT_CONFIG_NAME
+    make_folder(folder)
     with writing(folder):
-        config.save_pretrained(folder)
+        (folder / _GENERATION_NAME).unlink(missing_ok=True)  # of a start that failed
+        student.config.save_pretrained(folder)
         if student.generation_config is not None:
             student.generation_config.save_pretrained(folder)
+        sync_files(folder)
 
 
 def rebuild_student(out: Path) -> PreTrainedModel:
@@ -111,11 +133,11 @@ def rebuild_student(out: Path) -> PreTrainedModel:
         config.pad_token_id = None
         with quiet_transformers():
             built: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=torch.float32)
-        if (folder / "generation_config.json").is_file():
+        if (folder / _GENERATION_NAME).is_file():
             built.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:  # whatever an architecture's class raises on settings that it cannot take
         hint = "it was written when the run started: restore it, or start again in another --out"
-        raise CheckpointError("damaged-run", folder, found=error, hint=hint) from None
+        raise CheckpointError("damaged-run", folder, found=first_line(error), hint=hint) from None
     assert isinstance(built, PreTrainedModel)
     student: PreTrainedModel = built
     student.config.pad_token_id = pad_token_id
@@ -174,11 +196,16 @@ def read_metrics(out: Path) -> list[dict[str, Any]]:
     path = out / _METRICS_NAME
     if not path.is_file():
         return []
-    lines = path.read_bytes().split(b"\n")[:-1]
+    hint = "remove this file to go on without it"
     try:
-        return [json.loads(line) for line in lines]
+        lines = [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
     except ValueError as error:
-        raise CheckpointError("damaged-run", path, found=error, hint="remove this file to go on without it") from None
+        raise CheckpointError("damaged-run", path, found=error, hint=hint) from None
+    for number, line in enumerate(lines, 1):
+        if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+            place = f"{path}, line {number}"
+            raise CheckpointError("damaged-run", place, expected="an object with a step", hint=hint)
+    return lines
 
 
 def _line(content: Mapping[str, Any]) -> bytes:
@@ -191,7 +218,8 @@ def _is_dropout(name: str, value: object) -> bool:
     return "drop" in name and not any(word in name for word in other) and type(value) in (int, float)
 
 
-def _refuse_foreign(out: Path) -> None:
+def refuse_foreign(out: Path) -> None:
+    """Raise WouldLoseDataError("not-a-run") unless ``out`` may become, or is, the folder of a run."""
     with writing(out):
         if out.exists() and not out.is_dir():
             raise WouldLoseDataError("not-a-run", out, expected="a new or empty folder, or a run's", found="a file")

@@ -16,8 +16,7 @@ from typing import Any, Literal
 
 import torch
 from huggingface_hub import snapshot_download
-from tokenizers import Tokenizer
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from cache_spec.errors import BadInputError
@@ -35,11 +34,10 @@ from train.teacher_layers import (
     weights_digest,
     weights_folder,
 )
+from train.text import TOKENIZER_PATTERNS, open_tokenizer
 
 logger = logging.getLogger("kdpipe")
 
-_TOKENIZER_PATTERNS = ["tokenizer*", "*.model", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json"]
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 _MAX_HASHED_BYTES = 2 << 30
 
 
@@ -66,12 +64,14 @@ def build_student(
     seed: int,
     initializer_range: float | None,
 ) -> StudentBuild:
-    """Build a student of the cache's vocabulary: float32, on the CPU, the global random state untouched.
+    """Build a student of exactly the cache's vocabulary: float32, on the CPU, the global random state untouched.
 
+    Padded rows of a teacher or a checkpoint are cut off: the loss never sees them, so they would stay untrained.
     ``initializer_range`` is the standard deviation of fresh weights; it means nothing where weights are copied.
     Raises ``BadInputError`` of kind ``bad-student-config``, ``unknown-key``, ``not-a-causal-lm``,
     ``student-vocabulary``, ``student-positions``, ``cannot-copy-layers``, ``other-teacher``, ``unknown-teacher``,
-    ``teacher-not-safetensors``, ``unreadable-weights``, ``unreadable-config`` or ``unknown-checkpoint``.
+    ``teacher-not-safetensors``, ``unreadable-weights``, ``unreadable-config``, ``no-tokenizer`` or
+    ``unknown-checkpoint``.
     """
     config = load_config(teacher_folder_in_cache, "unreadable-config")
     summary: dict[str, object] = {"init": init, "seed": seed}
@@ -92,7 +92,10 @@ def build_student(
         else:
             tokenizer_folder = teacher_folder_in_cache.parent / "tokenizer"
             model = _from_checkpoint(checkpoint, tokenizer_folder, manifest, summary)
-        vocabulary_rows = _check_student(model, manifest)
+        if init != "checkpoint" and model.config.model_type == config.model_type:
+            _take_generation_config(model, teacher_folder_in_cache)
+        _cut_vocabulary(model, manifest)
+        _check_student(model, manifest)
     model.config.architectures = [type(model).__name__]
     model.config._name_or_path = model.name_or_path = ""
     summary |= {
@@ -100,7 +103,7 @@ def build_student(
         "num_parameters": sum(p.numel() for p in model.parameters()),
         "num_layers": model.config.num_hidden_layers,
         "hidden_size": model.config.hidden_size,
-        "vocabulary_rows": vocabulary_rows,
+        "vocabulary_rows": manifest.teacher.vocab_size,
     }
     logger.info("student: %s", ", ".join(f"{key} {value}" for key, value in summary.items()))
     return StudentBuild(model=model.train(), summary=summary)
@@ -157,7 +160,7 @@ def _from_checkpoint(
     folder = Path(checkpoint).expanduser()
     try:
         if not folder.is_dir():
-            folder = Path(snapshot_download(checkpoint, allow_patterns=WEIGHT_PATTERNS + _TOKENIZER_PATTERNS))
+            folder = Path(snapshot_download(checkpoint, allow_patterns=[*WEIGHT_PATTERNS, *TOKENIZER_PATTERNS]))
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         refuse_not_causal(config)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -177,8 +180,10 @@ def _from_checkpoint(
         raise BadInputError("unknown-checkpoint", checkpoint, found=first_line(error), hint=hint) from None
     model, info = loaded
     refuse_incomplete(info, "unreadable-weights")
-    if any((folder / name).is_file() for name in _TOKENIZER_FILES):
-        _check_same_tokens(folder, tokenizer_folder)
+    tokenizer = open_tokenizer(folder)
+    if tokenizer is not None:
+        of_cache = open_tokenizer(tokenizer_folder)
+        check_same_vocabulary(folder, tokenizer.get_vocab(), {} if of_cache is None else of_cache.get_vocab())
     summary["source"] = public_name(checkpoint)
     assert isinstance(model, PreTrainedModel)
     for module in model.modules():
@@ -187,27 +192,22 @@ def _from_checkpoint(
     return model
 
 
-def _check_same_tokens(folder: Path, tokenizer_folder: Path) -> None:
-    vocabularies = []
-    for place in (folder, tokenizer_folder):
-        try:
-            vocabularies.append(_vocabulary(place))
-        except Exception as error:
-            raise BadInputError("student-vocabulary", place, found=f"no tokenizer: {first_line(error)}") from None
-    student, teacher = vocabularies
-    check_same_vocabulary(folder, student, teacher)
+def _take_generation_config(model: PreTrainedModel, teacher_folder_in_cache: Path) -> None:
+    """Give a student of the teacher's architecture the teacher's settings of generation, where the cache has any."""
+    path = teacher_folder_in_cache / "generation_config.json"
+    if not path.is_file():
+        return
+    try:
+        config = GenerationConfig.from_pretrained(teacher_folder_in_cache, local_files_only=True)
+        config.validate(strict=True)
+    except Exception as error:  # a student is not refused for what its teacher's authors published
+        logger.warning("the teacher's generation_config.json is left out: %s", first_line(error))
+        return
+    model.generation_config = config
 
 
-def _vocabulary(folder: Path) -> dict[str, int]:
-    # The file itself where there is one: beside some configs AutoTokenizer takes another class than the file's.
-    if (folder / "tokenizer.json").is_file():
-        return Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab(with_added_tokens=True)
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    return dict(tokenizer.get_vocab())
-
-
-def _check_student(model: Any, manifest: Manifest) -> int:
-    """Refuse what cannot learn from the cache; returns the rows of the student's output head."""
+def _cut_vocabulary(model: Any, manifest: Manifest) -> None:
+    """Cut padded rows off head and embedding, and forget special tokens among them; ``student-vocabulary``."""
     teacher, head, embedding = manifest.teacher, model.get_output_embeddings(), model.get_input_embeddings()
     if head is None or embedding is None:
         raise BadInputError("not-a-causal-lm", type(model).__name__, found="no output head")
@@ -215,15 +215,28 @@ def _check_student(model: Any, manifest: Manifest) -> int:
         if rows not in (teacher.vocab_size, teacher.padded_vocab_size):
             expected = " or ".join(str(n) for n in sorted({teacher.vocab_size, teacher.padded_vocab_size}))
             raise BadInputError("student-vocabulary", "rows of the student's vocabulary", expected=expected, found=rows)
+    model.resize_token_embeddings(teacher.vocab_size, mean_resizing=False)
+    for settings in (model.config, model.generation_config):
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            given = getattr(settings, name, None)
+            ids = given if isinstance(given, list | tuple) else [given]
+            kept = [i for i in ids if isinstance(i, int) and i < teacher.vocab_size]
+            if given is not None and len(kept) < len(ids):
+                setattr(settings, name, kept or None)
+
+
+def _check_student(model: Any, manifest: Manifest) -> None:
+    """Refuse what cannot learn from the cache."""
+    vocab_size = manifest.teacher.vocab_size
     positions, block_tokens = getattr(model.config, "max_position_embeddings", None), manifest.blocks.block_tokens
     if isinstance(positions, int) and positions < block_tokens:
         place = config_key(model.config, "max_position_embeddings")
         raise BadInputError(
             "student-positions", place, expected=f"at least {block_tokens}, the cache's block", found=positions
         )
-    ids_BT = torch.arange(min(4, block_tokens))[None] % teacher.vocab_size
+    ids_BT = torch.arange(min(4, block_tokens))[None] % vocab_size
     changed_BT = ids_BT.clone()
-    changed_BT[0, -1] = (changed_BT[0, -1] + 1) % teacher.vocab_size
+    changed_BT[0, -1] = (changed_BT[0, -1] + 1) % vocab_size
     try:
         with torch.no_grad():
             model.eval()
@@ -235,7 +248,6 @@ def _check_student(model: Any, manifest: Manifest) -> int:
         raise BadInputError(
             "not-a-causal-lm", type(model).__name__, expected="logits of the tokens before", found="it reads ahead"
         )
-    return int(head.weight.shape[0])
 
 
 def _fresh_model(config: PreTrainedConfig) -> PreTrainedModel:

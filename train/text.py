@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from cache_spec.errors import BadInputError
 from train.student_config import first_line
@@ -122,9 +122,18 @@ def open_tokenizer(folder: Path) -> Any | None:
     if not any(any(folder.glob(pattern)) for pattern in _TOKENIZER_FILES):
         return None
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        return _tokenizer_class(folder).from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # the tokenizers library raises bare Exception for a broken file
         raise BadInputError("no-tokenizer", folder, found=first_line(error)) from None
+
+
+def _tokenizer_class(folder: Path) -> Any:
+    """The plain fast tokenizer where the folder declares it, as in capture: beside some configs (Qwen2's, among
+    others) AutoTokenizer would put the model family's own in its place, which splits text in another way."""
+    settings = folder / "tokenizer_config.json"
+    declared = json.loads(settings.read_bytes()) if settings.is_file() else {}
+    plain = declared.get("tokenizer_class") in {"PreTrainedTokenizerFast", "TokenizersBackend"}
+    return PreTrainedTokenizerFast if plain else AutoTokenizer
 
 
 def tokenise(

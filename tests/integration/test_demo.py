@@ -15,7 +15,7 @@ def test_the_demo_runs_resumes_and_tells_who_won(tmp_path: Path, monkeypatch: py
 
     def less(name: str) -> dict[str, dict[str, Any]]:
         sections = real(name)
-        sections["cache-teacher"] |= {"limit_tokens": 4096, "shard_blocks": 8}
+        sections["cache-teacher"] |= {"limit_tokens": 4096, "shard_blocks": 16}
         return sections
 
     monkeypatch.setattr(cli, "read_recipe", less)

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +20,22 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers.utils import logging as untyped_logging
 
-from cache_spec.errors import BadInputError, CacheError, KdpipeError, WouldLoseDataError
+from cache_spec.errors import EXIT_FAILED, BadInputError, CacheError, KdpipeError, WouldLoseDataError
 from cache_spec.manifest import sha256_hex
 from cache_spec.reader import CacheReader
 from tests.synthetic import make_manifest, make_rows, write_cache
 from train.batches import READ_AHEAD, MicroBatch, StepPlan, ahead, micro_batches
 from train.checkpoint import CheckpointError, load_latest
 from train.config import TrainConfig
+from train.distiller import Distiller
 from train.loop import plan, train
+from train.memory import out_of_memory_at
 from train.run import pick_device, pick_precision
 from train.teacher_layers import weights_digest
 
+transformers_logging: Any = untyped_logging
 VOCABULARY, WIDTH, TOKENS, BLOCKS = 50, 16, 8, 22
 
 
@@ -85,7 +89,8 @@ def cache(tmp_path_factory: pytest.TempPathFactory, teacher: Path) -> Path:
     }
     rows = make_rows(manifest)
     rows["block_lengths"][-1] = 5
-    write_cache(folder, manifest.model_copy(update={"teacher": weights, "files": files}), rows)
+    corpus = manifest.corpus.model_copy(update={"num_tokens": BLOCKS * TOKENS - 3})
+    write_cache(folder, manifest.model_copy(update={"teacher": weights, "files": files, "corpus": corpus}), rows)
     return folder
 
 
@@ -126,6 +131,10 @@ def assert_same_run(left: Path, right: Path) -> None:
     assert lines(left) == lines(right)
 
 
+class Killed(BaseException):
+    """What nothing catches."""
+
+
 class StopAt:
     """Raises a signal, or an error that nobody expects, when the loop asks for a micro-batch of a step."""
 
@@ -139,7 +148,7 @@ class StopAt:
                 if item.step == self.step and not self.fired:
                     self.fired = True
                     if self.how == "kill":
-                        raise MemoryError("killed")
+                        raise Killed
                     os.kill(os.getpid(), getattr(signal, self.how))
                 yield item
         finally:
@@ -154,7 +163,7 @@ def test_an_interrupted_and_resumed_run_is_bitwise_the_uninterrupted_one(
     result = train(TrainConfig(**whole), quiet=True)
     with monkeypatch.context() as patch:
         patch.setattr("train.loop.ahead", StopAt(step, how))
-        with pytest.raises(MemoryError if how == "kill" else KeyboardInterrupt):
+        with pytest.raises(Killed if how == "kill" else KeyboardInterrupt):
             train(TrainConfig(**settings), quiet=True)
     kept = load_latest(settings["out"] / "checkpoints")
     if how == "kill":
@@ -176,6 +185,9 @@ def test_a_run_takes_every_token_of_every_epoch_and_exports(settings: dict[str, 
     assert result["steps"] == 12
     assert result["tokens"] == 2 * (BLOCKS * TOKENS - 3)
     assert json.loads((settings["out"] / "result.json").read_text()) == result
+    last = json.loads((settings["out"] / "metrics.jsonl").read_text().splitlines()[-1])
+    assert result["last_step"] == {name: last[name] for name in ("loss", "kl", "ce", "cosine")}
+    assert not result.keys() & result["last_step"].keys()
     model = AutoModelForCausalLM.from_pretrained(settings["out"] / "student")
     assert model.config.n_layer == 2
     assert model.num_parameters() == result["parameters"]
@@ -204,11 +216,22 @@ def test_a_finished_run_does_nothing(settings: dict[str, Any], caplog: pytest.Lo
     assert before == {path: path.stat().st_mtime_ns for path in settings["out"].rglob("*") if path.name != ".lock"}
 
 
-def test_a_lost_export_is_made_again(settings: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "lost",
+    [
+        lambda out: shutil.rmtree(out / "student"),
+        lambda out: (out / "student" / "model.safetensors").unlink(),
+        lambda out: (out / "result.json").write_text("{}"),
+        lambda out: (out / "result.json").write_text('{"steps": 12'),
+    ],
+)
+def test_a_lost_export_or_result_is_made_again(settings: dict[str, Any], lost: Callable[[Path], object]) -> None:
     train(TrainConfig(**settings), quiet=True)
     before = weights_of(settings["out"])
-    shutil.rmtree(settings["out"] / "student")
-    train(TrainConfig(**settings), quiet=True)
+    before_result = json.loads((settings["out"] / "result.json").read_text())
+    lost(settings["out"])
+    assert train(TrainConfig(**settings), quiet=True) == before_result
+    assert json.loads((settings["out"] / "result.json").read_text()) == before_result
     assert all(torch.equal(t, before[n]) for n, t in weights_of(settings["out"]).items())
 
 
@@ -306,7 +329,7 @@ def test_a_wider_student_of_another_family_is_projected_and_resumes(
     train(TrainConfig(**(settings | {"out": tmp_path / "whole"})), quiet=True)
     with monkeypatch.context() as patch:
         patch.setattr("train.loop.ahead", StopAt(5, "kill"))
-        with pytest.raises(MemoryError):
+        with pytest.raises(Killed):
             train(TrainConfig(**settings), quiet=True)
     train(TrainConfig(**settings), quiet=True)
     assert_same_run(tmp_path / "whole", settings["out"])
@@ -345,15 +368,29 @@ def test_a_damaged_checkpoint_is_never_started_over(settings: dict[str, Any], mo
         train(TrainConfig(**settings), quiet=True)
 
 
-@pytest.mark.parametrize("name", ["run.json", "student_config/config.json", "metrics.jsonl"])
-def test_damaged_run_files_are_one_line(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("run.json", "{ not json\n"),
+        ("student_config/config.json", "{ not json\n"),
+        ("student_config/config.json", '{"model_type": "gpt2", "n_embd": 0, "n_head": 0}'),
+        ("metrics.jsonl", "{ not json\n"),
+        ("metrics.jsonl", "5\n"),
+        ("metrics.jsonl", "{}\n"),
+        ("metrics.jsonl", '{"step": "1"}\n'),
+    ],
+)
+def test_damaged_run_files_are_one_line(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, name: str, text: str
+) -> None:
     with monkeypatch.context() as patch:
         patch.setattr("train.loop.ahead", StopAt(4, "SIGINT"))
         with pytest.raises(KeyboardInterrupt):
             train(TrainConfig(**settings), quiet=True)
-    (settings["out"] / name).write_text("{ not json\n")
-    with pytest.raises(CheckpointError, match="damaged-run"):
+    (settings["out"] / name).write_text(text)
+    with pytest.raises(CheckpointError, match="damaged-run") as caught:
         train(TrainConfig(**settings), quiet=True)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_broken_shard_reaches_the_training_thread(settings: dict[str, Any], cache: Path, tmp_path: Path) -> None:
@@ -372,7 +409,7 @@ def test_tensorboard_is_written_and_purged(settings: dict[str, Any], monkeypatch
     settings |= {"tensorboard": True}
     with monkeypatch.context() as patch:
         patch.setattr("train.loop.ahead", StopAt(5, "kill"))
-        with pytest.raises(MemoryError):
+        with pytest.raises(Killed):
             train(TrainConfig(**settings), quiet=True)
     train(TrainConfig(**settings), quiet=True)
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -466,9 +503,17 @@ def test_precision_follows_the_device() -> None:
     assert pick_device("cpu").type == "cpu"
 
 
+def test_bf16_that_a_device_only_emulates_is_for_those_who_ask_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert pick_precision("auto", torch.device("cuda")) == "fp32"
+    assert pick_precision("bf16", torch.device("cuda")) == "bf16"
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    assert pick_precision("auto", torch.device("cuda")) == "bf16"
+
+
 def test_a_plan_writes_nothing_and_tells_the_cost(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     facts = plan(TrainConfig(**settings))
-    assert (facts["steps"], facts["steps_done"], facts["tokens_to_train"]) == (12, 0, 2 * BLOCKS * TOKENS)
+    assert (facts["steps"], facts["steps_done"], facts["tokens_to_train"]) == (12, 0, 2 * (BLOCKS * TOKENS - 3))
     assert facts["checkpoint_bytes"] == 12 * facts["parameters"]
     assert not settings["out"].exists()
     monkeypatch.setattr("train.loop.ahead", StopAt(4, "SIGINT"))
@@ -479,17 +524,157 @@ def test_a_plan_writes_nothing_and_tells_the_cost(settings: dict[str, Any], monk
         plan(TrainConfig(**(settings | {"seed": 3})))
 
 
-def test_no_teacher_weight_is_ever_read(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A student that starts fresh needs the cache alone: there is no teacher to find, and no weights are opened."""
-    settings.pop("teacher")
+def test_a_plan_in_a_place_of_something_else_is_refused_as_the_run_is(settings: dict[str, Any]) -> None:
+    settings["out"].write_text("years of work")
+    for start in (plan, train):
+        with pytest.raises(WouldLoseDataError, match="not-a-run"):
+            start(TrainConfig(**settings))
+
+
+@pytest.fixture
+def weights_stay_shut(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever reads a file of weights, here and in the libraries, raises."""
 
     def never(*args: object, **kwargs: object) -> None:
-        raise AssertionError(f"weights were opened: {args}")
+        raise OpenedError(f"weights were opened: {args}")
 
-    with monkeypatch.context() as guard:
-        for name in ("safetensors.safe_open", "safetensors.torch.load_file", "torch.load"):
-            guard.setattr(name, never)
-        guard.setattr("train.loop.export_student", lambda *args, **kwargs: None)  # an export reads itself back
-        settings |= {"student": "config", "num_layers": 1}
-        result = train(TrainConfig(**settings))
-    assert result["steps"] > 0
+    ours = ["train.teacher_layers.safe_open", "train.teacher_layers.snapshot_download", "train.checkpoint.load_file"]
+    theirs = ["safetensors.safe_open", "safetensors.torch.load_file", "torch.load"]
+    for name in [*ours, "train.student.snapshot_download", "transformers.modeling_utils.safe_open", *theirs]:
+        monkeypatch.setattr(name, never)
+    monkeypatch.setattr("train.loop.export_student", lambda *args, **kwargs: None)  # an export reads itself back
+
+
+class OpenedError(BaseException):
+    """What no handler takes for a user's fault."""
+
+
+@pytest.mark.usefixtures("weights_stay_shut")
+def test_no_teacher_weight_is_ever_read(settings: dict[str, Any]) -> None:
+    """A student that starts fresh needs the cache alone: there is no teacher to find, and no weights are opened."""
+    del settings["teacher"]
+    settings |= {"student": "config", "num_layers": 1}
+    assert train(TrainConfig(**settings))["steps"] > 0
+
+
+@pytest.mark.usefixtures("weights_stay_shut")
+def test_the_guard_against_reading_weights_sees_copied_layers_and_checkpoints(
+    settings: dict[str, Any], teacher: Path
+) -> None:
+    with pytest.raises(OpenedError):
+        train(TrainConfig(**settings))
+    changes: dict[str, Any] = {"student": "checkpoint", "checkpoint": str(teacher), "num_layers": None}
+    with pytest.raises(OpenedError):
+        train(TrainConfig(**(settings | changes)))
+
+
+# --- starts that fail
+
+MAMBA = {"model_type": "mamba", "hidden_size": 16, "state_size": 4, "num_hidden_layers": 1}
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind"),
+    [
+        ({"student_config": MAMBA, "dropout": 0.1}, "no-dropout"),
+        ({"student_config": MAMBA, "dropout": None, "freeze_position_embeddings": True}, "no-position-embeddings"),
+    ],
+)
+@pytest.mark.parametrize("start", [plan, train])
+def test_a_student_that_lacks_what_a_setting_is_for_is_refused_before_anything_is_written(
+    settings: dict[str, Any], changes: dict[str, Any], kind: str, start: Callable[[TrainConfig], object]
+) -> None:
+    del settings["num_layers"]
+    with pytest.raises(BadInputError, match=kind):
+        start(TrainConfig(**(settings | {"student": "config", **changes})))
+    assert not settings["out"].exists() or [path.name for path in settings["out"].iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize("how", ["out of memory", "not finite"])
+def test_a_start_that_failed_does_not_stand_in_the_way_of_the_corrected_command(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    failing = settings | {"student": "config", "batch_blocks": 8, "log_every": 2}
+    if how == "not finite":
+        failing |= {"learning_rate": 1e30, "max_grad_norm": 1e30}
+    with monkeypatch.context() as patch:
+        if how == "out of memory":
+            patch.setattr("train.distiller.Distiller.forward", allocate_a_petabyte)
+        with pytest.raises(KdpipeError):
+            train(TrainConfig(**failing), quiet=True)
+    assert (settings["out"] / "run.json").is_file()
+    plan(TrainConfig(**settings))
+    train(TrainConfig(**settings), quiet=True)
+    train(TrainConfig(**(settings | {"out": tmp_path / "fresh"})), quiet=True)
+    assert_same_run(tmp_path / "fresh", settings["out"])
+    with pytest.raises(WouldLoseDataError, match="other-settings"):
+        train(TrainConfig(**failing), quiet=True)
+
+
+def allocate_a_petabyte(*_: object) -> None:
+    torch.empty(1 << 50)
+
+
+@pytest.mark.parametrize("start", [plan, train])
+@pytest.mark.parametrize("where", ["train.distiller.Distiller.forward", "train.student.model_of_tensors"])
+def test_out_of_memory_is_one_line_anywhere(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, start: Callable[[TrainConfig], object], where: str
+) -> None:
+    monkeypatch.setattr(where, allocate_a_petabyte)
+    with pytest.raises(KdpipeError, match="allocate memory") as caught:
+        start(TrainConfig(**settings))
+    assert (caught.value.kind, caught.value.exit_code) == ("out-of-memory", EXIT_FAILED)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_allocation_that_another_handler_caught_is_out_of_memory_and_nothing_else_is() -> None:
+    def build_in_vain() -> None:
+        try:
+            allocate_a_petabyte()
+        except RuntimeError:
+            raise BadInputError("bad-student-config", "forward pass") from None
+
+    with pytest.raises(KdpipeError, match=r"out-of-memory: here.*half of it"), out_of_memory_at("here", "half of it"):
+        build_in_vain()
+    with pytest.raises(RuntimeError, match="shape"), out_of_memory_at("here"):
+        raise RuntimeError("shape")
+
+
+def test_how_the_student_is_built_is_durable_before_the_first_checkpoint(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: set[int] = set()
+    real_fsync, folder = os.fsync, settings["out"] / "student_config"
+
+    def fsync(handle: int) -> None:
+        synced.add(os.fstat(handle).st_ino)
+        real_fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr("train.loop.ahead", StopAt(0, "kill"))
+    with pytest.raises(Killed):
+        train(TrainConfig(**settings), quiet=True)
+    paths = [folder, folder / "config.json", folder / "generation_config.json"]
+    assert {path.stat().st_ino for path in paths} <= synced
+
+
+def test_advice_of_transformers_stays_off_the_terminal(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    real_forward = Distiller.forward
+
+    def forward(*args: Any) -> Any:
+        seen.append(transformers_logging.get_verbosity())
+        return real_forward(*args)
+
+    monkeypatch.setattr(Distiller, "forward", forward)
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_info()
+    try:
+        plan(TrainConfig(**settings))
+        train(TrainConfig(**(settings | {"max_steps": 1})), quiet=True)
+        assert transformers_logging.get_verbosity() == transformers_logging.INFO
+    finally:
+        transformers_logging.set_verbosity(before)
+    assert set(seen) == {transformers_logging.ERROR}

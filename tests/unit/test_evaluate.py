@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -28,6 +29,8 @@ from tests.refusals import refusal
 from tests.synthetic import make_manifest, make_rows, write_cache
 from train.evaluate import evaluate_models, table
 from train.evaluate_config import EvaluateConfig
+from train.export import export_student
+from train.student import build_student
 from train.text import DOCUMENT_GAP, read_text, tokenise
 
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -279,6 +282,52 @@ def test_a_model_without_tokenizer_is_measured_on_a_cache_but_not_on_text(tmp_pa
     without = evaluate(tmp_path / "model", cache=reader.path)["cache"]
     assert without["kl_to_teacher"] == with_tokenizer["kl_to_teacher"]
     assert refusal(evaluate, tmp_path / "model", text=(str(text),)).kind == "no-tokenizer"
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox", "qwen2"])
+def test_text_and_cache_are_read_with_the_tokenizer_of_the_files_in_every_family(
+    tmp_path: Path, text: Path, family: str
+) -> None:
+    """Beside some families' configs AutoTokenizer puts the family's own tokenizer in the place of a plain fast one."""
+    manifest = make_manifest(vocab_size=V, padded_vocab_size=PADDED, k=4, block_tokens=8, hidden_size=16)
+    reader = save_cache(tmp_path / "cache", k=4)
+    model = save_model(tmp_path / "model", family, rows=PADDED)
+    expected = save_tokenizer(tmp_path / "again")(TEXT)["input_ids"]
+    (tmp_path / "cache" / "teacher").mkdir()
+    shutil.copy(tmp_path / "model" / "config.json", tmp_path / "cache" / "teacher" / "config.json")
+    built = build_student(
+        teacher_folder_in_cache=tmp_path / "cache" / "teacher",
+        manifest=manifest,
+        init="checkpoint",
+        num_layers=None,
+        layer_indices=None,
+        overrides={},
+        teacher=None,
+        checkpoint=str(tmp_path / "model"),
+        seed=0,
+        initializer_range=None,
+    )
+    folder = tmp_path / "cache" / "tokenizer"
+    export_student(built.model, tmp_path / "student", tokenizer_folder=folder, manifest=manifest, card={})
+    ids = torch.tensor(expected)
+    nats, count = naive_loss(model, [ids[start : start + BLOCK] for start in range(0, len(ids), BLOCK)])
+    for name in ("model", "student"):
+        row = evaluate(tmp_path / name, text=(str(text),), cache=reader.path)
+        (figures,) = row["texts"]
+        assert figures["num_tokens"] == count
+        assert figures["loss_nats"] == pytest.approx(nats / count, rel=1e-5)
+        assert row["cache"]["num_tokens"] == 7 * 7
+
+
+def test_out_of_memory_is_one_line(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_model(tmp_path / "model")
+    for place in ("train.scorer.Scorer.logits", "train.scorer.refuse_incomplete"):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, lambda *_: torch.empty(1 << 50))
+            with pytest.raises(KdpipeError) as caught:
+                evaluate(tmp_path / "model", text=(str(text),))
+        assert caught.value.kind == "out-of-memory"
+        assert "--batch-blocks" in str(caught.value)
 
 
 # --- bad input

@@ -19,6 +19,7 @@ from cache_spec.manifest import Manifest
 from tests.models import make_tokenizer
 from tests.students import TEACHERS, V, build, save_teacher, teacher_manifest
 from train.export import export_student, model_card
+from train.run_folder import rebuild_student, save_student_config
 
 CARD = {
     "steps": 12,
@@ -75,6 +76,33 @@ def test_an_export_reloads_as_the_same_model_with_its_tokenizer(tmp_path: Path, 
     assert tokenizer.get_vocab() == AutoTokenizer.from_pretrained(setup.tokenizer_folder).get_vocab()
     assert (setup.out / "generation_config.json").is_file()
     assert setup.beside() == ["student"]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("model_type", TEACHERS)
+def test_an_export_from_a_padded_teacher_gives_no_probability_to_ids_that_do_not_exist(
+    tmp_path: Path, model_type: str, tied: bool
+) -> None:
+    padded = V + 8
+    save_teacher(tmp_path / "teacher", model_type, rows=padded, pad_token_id=padded - 1, tie_word_embeddings=tied)
+    make_tokenizer(V).save_pretrained(tmp_path / "cache" / "tokenizer")
+    manifest = teacher_manifest(tmp_path / "teacher", vocab_size=V)
+    assert manifest.teacher.padded_vocab_size == padded
+    built = build(tmp_path / "teacher", tmp_path / "cache", manifest=manifest, num_layers=2)
+    # As in a run: kept as a config, rebuilt, and given its weights.
+    save_student_config(tmp_path, built.model)
+    student: Any = rebuild_student(tmp_path)
+    student.load_state_dict(built.model.state_dict())
+    out = tmp_path / "run" / "student"
+    export_student(student, out, tokenizer_folder=tmp_path / "cache" / "tokenizer", manifest=manifest, card={})
+    reloaded: Any = AutoModelForCausalLM.from_pretrained(out).eval()
+    ids_BT = torch.arange(32).reshape(2, 16)
+    with torch.no_grad():
+        logits_BTV = reloaded(input_ids=ids_BT).logits
+        assert logits_BTV.shape[-1] == reloaded.config.vocab_size == V
+        torch.testing.assert_close(logits_BTV, student.eval()(input_ids=ids_BT).logits)
+    rows = {t.shape[0] for name, t in load_file(out / "model.safetensors").items() if "embed" in name or "head" in name}
+    assert not rows & set(range(V + 1, padded + 1))
 
 
 def test_the_config_names_its_class_and_dtype_and_no_path(tmp_path: Path, setup: Setup) -> None:

@@ -335,12 +335,13 @@ def test_saturated_head_and_empty_tail_stay_finite() -> None:
 
 
 class Operations(TorchDispatchMode):
-    """Remembers the most elements that any operation returned, and counts matrix products."""
+    """Remembers the most elements that any operation returned, in memory of its own or any, and counts products."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.most_elements = 0
         self.num_products = 0
+        self.largest_fresh = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -348,6 +349,8 @@ class Operations(TorchDispatchMode):
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self.most_elements = max(self.most_elements, leaf.numel())
+                if not any(leaf is given for given in tree_leaves(args)):
+                    self.largest_fresh = max(self.largest_fresh, leaf.numel())
         return result
 
 
@@ -359,6 +362,31 @@ def test_logits_exist_for_one_chunk_of_rows_at_a_time(temperature: float, dtype:
     with Operations() as operations:
         chunked(case, chunk_rows=chunk_rows).total.backward()
     assert operations.most_elements == chunk_rows * vocab
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_backward_copies_no_gradient_as_large_as_the_head(dtype: torch.dtype) -> None:
+    case = as_dtype(make_case(rows=4, vocab=500, width=16), dtype)
+    total = chunked(case).total * 3
+    want = [3 * gradient for gradient in gradients(case, chunked(case).total)]
+    with Operations() as operations:
+        found = gradients(case, total)
+    # Only where the weights are narrower than the sums is there a copy, the narrow one.
+    assert (operations.largest_fresh == case.weight_VD.numel()) == (dtype == torch.bfloat16)
+    for left, right in zip(found, want, strict=True):
+        torch.testing.assert_close(left, right)
+
+
+def test_a_graph_that_is_kept_gives_the_same_gradient_twice() -> None:
+    case = make_case()
+    total = chunked(case).total
+    first = torch.autograd.grad(total, parameters(case), grad_outputs=torch.tensor(2.0).double(), retain_graph=True)
+    kept = [gradient.clone() for gradient in first]
+    second = torch.autograd.grad(total, parameters(case), retain_graph=True)
+    for once, again, third in zip(first, second, gradients(case, total), strict=True):
+        torch.testing.assert_close(once, 2 * again)
+        assert torch.equal(again, third)
+    assert all(torch.equal(*pair) for pair in zip(first, kept, strict=True))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])

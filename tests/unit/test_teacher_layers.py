@@ -14,9 +14,12 @@ from safetensors.torch import load_file, save_file
 import train.student
 import train.teacher_layers
 from tests.refusals import refusal
-from tests.students import NUM_LAYERS, TEACHERS, V, build, save_teacher, teacher_manifest
+from tests.students import LLAMA_SIZES, NUM_LAYERS, TEACHERS, V, build, save_teacher, teacher_manifest
 from train.student import StudentBuild
 from train.teacher_layers import spread_layers
+
+PADDED = V + 8
+GPT2 = {"model_type": "gpt2", **TEACHERS["gpt2"], "num_hidden_layers": 1}
 
 
 @pytest.fixture
@@ -132,12 +135,51 @@ def test_half_precision_teachers_give_float32_students(tmp_path: Path, teacher: 
     assert torch.equal(student.transformer.wte.weight, tensors["transformer.wte.weight"].float())
 
 
-def test_padded_vocabularies_are_kept(tmp_path: Path) -> None:
-    save_teacher(tmp_path / "t", "llama", rows=128)
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("model_type", TEACHERS)
+def test_padded_rows_are_cut_and_the_real_logits_stay(tmp_path: Path, model_type: str, tied: bool) -> None:
+    padding: dict[str, Any] = {"rows": PADDED, "pad_token_id": PADDED - 1, "tie_word_embeddings": tied}
+    model = save_teacher(tmp_path / "t", model_type, **padding)
     manifest = teacher_manifest(tmp_path / "t", vocab_size=V)
-    assert build(tmp_path / "t", tmp_path / "cache", manifest=manifest, num_layers=2).summary["vocabulary_rows"] == 128
-    cut = build(tmp_path / "t", tmp_path / "cache", manifest=manifest, init="config", overrides={"vocab_size": V})
-    assert cut.summary["vocabulary_rows"] == V
+    students: list[dict[str, Any]] = [
+        {"num_layers": NUM_LAYERS},
+        {"init": "checkpoint", "checkpoint": str(tmp_path / "t")},
+        {"init": "config"},
+        {"init": "config", "overrides": {"vocab_size": V, "pad_token_id": 0}},
+    ]
+    ids_BT = torch.arange(32).reshape(2, 16)
+    for number, changes in enumerate(students):
+        built = build(tmp_path / "t", tmp_path / "cache", manifest=manifest, **changes)
+        student: Any = built.model
+        head, embedding = student.get_output_embeddings(), student.get_input_embeddings()
+        assert (head.weight is embedding.weight) == tied
+        assert head.weight.shape[0] == embedding.weight.shape[0] == student.config.vocab_size == V
+        assert built.summary["vocabulary_rows"] == V
+        assert student.config.pad_token_id == (0 if number == 3 else None)
+        assert student.generation_config.pad_token_id in (0, None)
+        if number < 2:
+            with torch.no_grad():
+                assert torch.equal(student.eval()(input_ids=ids_BT).logits, model(input_ids=ids_BT).logits[..., :V])
+
+
+@pytest.mark.parametrize("init", [{"num_layers": 2}, {"init": "config"}, {"init": "config", "overrides": GPT2}])
+def test_students_of_the_teachers_architecture_generate_as_the_teacher_does(
+    tmp_path: Path, teacher: Path, init: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    build(teacher, tmp_path / "cache", **init)
+    published = tmp_path / "cache" / "teacher" / "generation_config.json"
+    published.write_text('{"do_sample": true, "temperature": 0.3, "eos_token_id": [0, 5, 900], "max_new_tokens": 77}')
+    config: Any = build(teacher, tmp_path / "cache", **init).model.generation_config
+    assert (config.do_sample, config.temperature, config.max_new_tokens) == (True, 0.3, 77)
+    assert config.eos_token_id == [0, 5]
+    other = {"model_type": "llama", **LLAMA_SIZES, "num_hidden_layers": 1}
+    assert build(teacher, tmp_path / "cache", init="config", overrides=other).model.generation_config.temperature != 0.3
+    for text in ("{", '{"temperature": 0.3}', "[]"):
+        published.write_text(text)
+        model: Any = build(teacher, tmp_path / "cache", **init).model
+        assert model.generation_config.eos_token_id == 0
+        assert "generation_config.json is left out" in caplog.text
+        model.save_pretrained(tmp_path / "saved")
 
 
 def test_another_fine_tune_of_the_teacher_is_said(

@@ -35,6 +35,7 @@ PATHS: dict[str, Any] = {"cache": Path("cache"), "out": Path("run")}
         ({"student": "checkpoint", "checkpoint": "x", "num_layers": 2}, "num_layers means nothing"),
         ({"student": "checkpoint", "checkpoint": "x", "student_config": {}}, "student_config means nothing"),
         ({"student": "checkpoint", "checkpoint": "x", "initializer_range": 0.1}, "initializer_range means nothing"),
+        ({"num_layers": 2, "initializer_range": 0.1}, "initializer_range means nothing"),
         ({"teacher": ""}, "teacher"),
         ({"initializer_range": 0.0}, "initializer_range"),
         ({"dropout": -0.1}, "dropout"),
