@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from cache_spec.errors import EXIT_INTERRUPTED, EXIT_USAGE, BadInputError, KdpipeError
+from pipeline.failures import as_failure
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -48,6 +49,18 @@ class LazyGroup(click.Group):
             return None
         command: click.Command = getattr(import_module("pipeline.commands"), cmd_name.replace("-", "_"))
         return command
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:  # the reader of our output left; click ends quietly
+            raise
+        except (OSError, MemoryError, RuntimeError, EOFError) as error:
+            # Here, not in ``run``: click would turn an EOFError into an interrupt.
+            failure = as_failure(error, ctx.invoked_subcommand)
+            if failure is None:
+                raise
+            raise failure from error
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
@@ -113,20 +126,20 @@ def read_recipe(name: str) -> dict[str, dict[str, Any]]:
     import yaml
 
     candidates = [Path(name), *(folder / f"{name}.yaml" for folder in RECIPE_FOLDERS)]
-    path = next((p for p in candidates if p.is_file()), None)
+    path = next((p for p in candidates if os.path.isfile(p)), None)  # a name too long for a file is none
     if path is None:
         shipped = sorted({p.stem for folder in RECIPE_FOLDERS for p in folder.glob("*.yaml")})
         raise BadInputError("unknown-recipe", name, expected="a YAML file or one of " + ", ".join(shipped))
     try:
         body = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError, OSError) as error:
         raise BadInputError("bad-recipe", path, found=error) from None
     if not isinstance(body, dict) or not all(isinstance(part, dict) for part in body.values()):
         raise BadInputError("bad-recipe", path, expected="one mapping per command")
     for section in body:
         if section not in COMMANDS:
             raise BadInputError("unknown-key", f"{path}: {section}", expected="one of " + ", ".join(COMMANDS))
-    return {section: {key.replace("-", "_"): v for key, v in part.items()} for section, part in body.items()}
+    return {section: {str(key).replace("-", "_"): v for key, v in part.items()} for section, part in body.items()}
 
 
 def _option(model: type[BaseModel], name: str) -> Callable[..., Any]:

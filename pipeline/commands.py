@@ -55,13 +55,18 @@ def cache_teacher(config: CaptureConfig, dry_run: bool, as_json: bool) -> None:
 @click.option("--deep", is_flag=True, help="Also run the teacher again on a few random batches and compare.")
 @click.option("--teacher", metavar="TEXT", help="Where the teacher lies now, for --deep.  [default: the cache's name]")
 @click.option("--gguf-file", metavar="TEXT", help="GGUF file inside the teacher's folder, for --deep.")
-@click.option("--batches", type=click.IntRange(1), default=4, show_default=True, help="Batches to compare, for --deep.")
+@click.option("--batches", type=click.IntRange(1), help="Batches to compare, for --deep.  [default: 4]")
 @as_json
-def verify(cache: Path, deep: bool, teacher: str | None, gguf_file: str | None, batches: int, as_json: bool) -> int:
+def verify(
+    cache: Path, deep: bool, teacher: str | None, gguf_file: str | None, batches: int | None, as_json: bool
+) -> int:
     """Report every problem of a cache.
 
     Reads every byte; exits with 3 if anything is wrong.
     """
+    for flag, value in (("--teacher", teacher), ("--gguf-file", gguf_file), ("--batches", batches)):
+        if value is not None and not deep:
+            raise click.UsageError(f"{flag} needs --deep")
     from tqdm import tqdm
 
     from cache_spec.validate import verify_cache
@@ -71,7 +76,7 @@ def verify(cache: Path, deep: bool, teacher: str | None, gguf_file: str | None, 
     if deep and not problems:
         from pipeline.recompute import compare_with_teacher
 
-        problems = compare_with_teacher(cache, teacher, gguf_file=gguf_file, num_batches=batches)
+        problems = compare_with_teacher(cache, teacher, gguf_file=gguf_file, num_batches=batches or 4)
     facts: dict[str, Any] = {"cache": str(cache), "problems": [problem._asdict() for problem in problems]}
     emit(as_json, facts, [*map(str, problems), f"{cache}: {len(problems)} problem(s)"])
     return EXIT_BAD_INPUT if problems else 0
@@ -133,4 +138,6 @@ def demo(out: Path, as_json: bool) -> None:
 
 
 def _shown(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_shown(part)}" for name, part in value.items())
     return f"{value:,.4f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)

@@ -5,10 +5,13 @@ In: values from flags and recipes. Out: one frozen, checked object.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 0.05, 100.0
 
 
 class CaptureConfig(BaseModel):
@@ -19,8 +22,9 @@ class CaptureConfig(BaseModel):
     teacher: str
     """Causal language model: a local folder, a GGUF file or a hub name."""
     text: tuple[str, ...] = Field(min_length=1)
-    """Text: file (.jsonl, .json, .parquet, .txt, each also .gz or .zst), folder, glob, hub data set, or
-    python-docs:train or :heldout; may be given more than once."""
+    """Text: file (.jsonl, .json, .parquet, .txt, each also .gz or .zst), folder, glob, hub data set as
+    NAME, NAME:CONFIG, NAME@REVISION or NAME:CONFIG@REVISION, or python-docs:train or :heldout; may be given more than
+    once."""
     out: Path
     """Folder of the cache."""
     revision: str | None = None
@@ -40,11 +44,11 @@ class CaptureConfig(BaseModel):
     k: int = Field(default=32, ge=1)
     """Tokens kept in each head."""
     temperatures: tuple[float, ...] = (1.0, 2.0)
-    """Temperatures that students may be trained at, ascending."""
+    """Temperatures that students may be trained at, ascending, from 0.05 to 100."""
     hidden_window: int = Field(default=32, ge=0)
     """Tokens averaged into one stored hidden state; 1 keeps each, 0 keeps none."""
     batch_blocks: int = Field(default=4, ge=1)
-    """Blocks in one forward pass of the teacher."""
+    """Blocks in one forward pass of the teacher; at most a shard's."""
     shard_blocks: int = Field(default=256, ge=1)
     """Blocks in a shard: the unit that is committed at once, and the most that an interruption costs."""
     device: str = "auto"
@@ -54,14 +58,54 @@ class CaptureConfig(BaseModel):
     workers: int = Field(default=0, ge=0)
     """Worker processes on this machine; 0 runs in this process."""
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _not_empty(cls, value: Any) -> Any:
+        # An empty variable of a shell: as a path it would mean the current folder.
+        if any(
+            isinstance(part, str) and not part.strip()
+            for part in (value if isinstance(value, list | tuple) else [value])
+        ):
+            raise ValueError("is empty")
+        return value
+
+    @field_validator("teacher", "out", mode="before")
+    @classmethod
+    def _utf8(cls, value: Any) -> Any:
+        try:
+            str(value).encode()
+        except UnicodeEncodeError:
+            raise ValueError("is not UTF-8, which the libraries that open it need") from None
+        return value
+
+    @field_validator("text", mode="before")
+    @classmethod
+    def _one_or_more(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    @field_validator("text")
+    @classmethod
+    def _texts_at_home(cls, texts: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(map(os.path.expanduser, texts))
+
+    @field_validator("out")
+    @classmethod
+    def _out_at_home(cls, out: Path) -> Path:
+        try:
+            return out.expanduser()
+        except RuntimeError:
+            raise ValueError(f"no home folder for {out.parts[0]}") from None
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if not self.temperatures or list(self.temperatures) != sorted(set(self.temperatures)):
             raise ValueError("temperatures must be distinct and ascending, at least one")
-        if not all(0 < t < float("inf") for t in self.temperatures):
-            raise ValueError("temperatures must be positive")
+        if not all(LOWEST_TEMPERATURE <= t <= HIGHEST_TEMPERATURE for t in self.temperatures):
+            raise ValueError(f"temperatures must be from {LOWEST_TEMPERATURE:g} to {HIGHEST_TEMPERATURE:g}")
         if self.hidden_window and self.block_tokens % self.hidden_window:
             raise ValueError(f"hidden_window {self.hidden_window} does not divide block_tokens {self.block_tokens}")
+        if self.batch_blocks > self.shard_blocks:
+            raise ValueError(f"batch_blocks {self.batch_blocks} is more than shard_blocks {self.shard_blocks}")
         if self.limit_tokens is not None and self.last_block == "drop" and self.limit_tokens < self.block_tokens:
             raise ValueError(f"limit_tokens {self.limit_tokens} is less than one block of {self.block_tokens}")
         return self

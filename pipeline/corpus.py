@@ -10,6 +10,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import logging
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("kdpipe")
 
 PIECE_CHARS = 1 << 16
-HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", re.ASCII)
+HUB_NAME = re.compile(r"([\w.-]+(?:/[\w.-]+)?)(?::([\w.-]+))?(?:@([\w./-]+))?", re.ASCII)
+COMMIT = re.compile(r"[0-9a-f]{40}")
 PYTHON_DOCS = "python-docs"
 
 
@@ -80,7 +82,8 @@ def resolve(texts: Sequence[str], *, text_field: str = "text", split: str = "tra
 
     A text is a file (.jsonl, .json with one object a line, .parquet, .txt; each also .gz or .zst), a folder, a
     glob, a folder of ``Dataset.save_to_disk``, ``python-docs:train``, ``python-docs:heldout``, or a hub data set
-    as ``name`` or ``name:config``. Raises ``unknown-text``, ``unsupported-text`` or ``no-text``.
+    as ``name`` or ``name:config``, each also at a revision: ``name@revision``. Raises ``unknown-text``,
+    ``unsupported-text``, ``bad-file-name`` or ``no-text``.
     """
     origins = tuple(origin for text in texts for origin in _find(text, text_field, split))
     if not origins:
@@ -130,11 +133,13 @@ def _unless_blank(document: Iterator[str]) -> Iterable[str] | None:
 
 def _find(text: str, text_field: str, split: str) -> Iterator[Source]:
     path = Path(text)
-    if text.partition(":")[0] == PYTHON_DOCS and not path.exists():
+    # These say no to what cannot be a path, a name too long among others, where pathlib raises.
+    exists = os.path.exists(path)
+    if text.partition(":")[0] == PYTHON_DOCS and not exists:
         yield _python_docs(text)
-    elif path.is_dir():
+    elif os.path.isdir(path):
         yield from _folder(path, text_field, split)
-    elif path.exists():
+    elif exists:
         yield _file(path, path.name, text_field)
     elif glob.has_magic(text):
         yield from _matches(text, text_field)
@@ -151,12 +156,21 @@ def _unknown(text: str, found: str) -> BadInputError:
 
 def _file(path: Path, name: str, text_field: str) -> Source:
     reader = reader_of(path)
+    _check_name(path, name)
     if reader is None:
         expected = "one of " + ", ".join(READERS) + ", each also .gz or .zst"
         raise BadInputError("unsupported-text", path, expected=expected, found=path.suffix or "no suffix")
     if path.is_file() and not path.stat().st_size:
         raise BadInputError("no-text", path, found="an empty file")
     return Source(info=partial(file_info, path, name), records=partial(reader, path, text_field))
+
+
+def _check_name(path: Path, name: str) -> None:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        shown = os.fsencode(path).decode(errors="backslashreplace")
+        raise BadInputError("bad-file-name", shown, expected="a name in UTF-8", hint="rename the file") from None
 
 
 def _folder(folder: Path, text_field: str, split: str) -> Iterator[Source]:
@@ -166,6 +180,7 @@ def _folder(folder: Path, text_field: str, split: str) -> Iterator[Source]:
             raise BadInputError("unknown-text", folder, expected=f"a split {split!r}", found=splits or "no split")
         folder = folder / split
     if (folder / "state.json").is_file():
+        _check_name(folder, folder.name)
         records = partial(_saved_rows, folder, text_field)
         yield Source(info=partial(_saved_info, folder), records=records)
         return
@@ -243,34 +258,50 @@ def _saved_rows(folder: Path, text_field: str) -> Iterator[Record]:
 def _hub(text: str, text_field: str, split: str) -> Source:
     """A hub data set pinned to the commit that its name stands for now, or the local cache's copy when offline.
 
-    Its digest covers name, configuration, split and commit; its size in bytes is not known and stands as 0.
+    Its digest covers name, configuration, split and commit, whether the user named the commit or the hub did; its size
+    in bytes is not known and stands as 0.
     """
+    import datasets
+
+    match = HUB_NAME.fullmatch(text)
+    assert match is not None
+    name, config, revision = match.groups()
+    commit = revision if revision and COMMIT.fullmatch(revision) else _commit(text, name, revision)
+    try:
+        # Streaming reads the hub and nothing else; a copy in the cache is on disk already.
+        streaming = commit is not None
+        rows = datasets.load_dataset(name, config, split=split, streaming=streaming, revision=commit)
+    except Exception as error:
+        raise _unknown(f"{text}, split {split}", first_line(error)) from error
+    plain = text.partition("@")[0]
+    if commit is not None and commit != revision:
+        logger.info("data set %s at commit %s; pin it with %s@%s", plain, commit, plain, commit)
+    facts = f"{plain}\n{split}\n{commit or rows._fingerprint}"
+    digest = hashlib.sha256(facts.encode()).hexdigest()
+    info = SourceInfo(name=f"{plain}, split {split}", num_bytes=0, sha256=digest)
+    return Source(info=lambda: info, records=partial(_rows, rows, plain, text_field))
+
+
+def _commit(text: str, name: str, revision: str | None) -> str | None:
+    """The commit that the hub says a revision is; None for the cache's copy where the hub cannot be reached."""
     import datasets
     from datasets.naming import camelcase_to_snakecase
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import RepositoryNotFoundError
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
-    name, _, config = text.partition(":")
     try:
-        revision = HfApi().dataset_info(name, timeout=10).sha
+        return HfApi().dataset_info(name, revision=revision, timeout=10).sha
+    except RevisionNotFoundError as error:
+        raise _unknown(text, f"no revision {revision}") from error
     except (RepositoryNotFoundError, ValueError) as error:
         raise _unknown(text, "neither a file here nor a data set on the hub") from error
     except Exception as error:  # which errors mean "not reachable" changes with the client's HTTP library
         owner, slash, last = name.rpartition("/")
         cached = Path(datasets.config.HF_DATASETS_CACHE) / f"{owner}{'___' * len(slash)}{camelcase_to_snakecase(last)}"
-        if not cached.is_dir():
+        # The cache does not say which revision its copy is of.
+        if revision is not None or not cached.is_dir():
             raise _unknown(text, "no such file, and the hub cannot be reached") from error
-        revision = None
-    try:
-        # Streaming reads the hub and nothing else; a copy in the cache is on disk already.
-        streaming = revision is not None
-        rows = datasets.load_dataset(name, config or None, split=split, streaming=streaming, revision=revision)
-    except Exception as error:
-        raise _unknown(f"{text}, split {split}", first_line(error)) from error
-    facts = f"{text}\n{split}\n{revision or rows._fingerprint}"
-    digest = hashlib.sha256(facts.encode()).hexdigest()
-    info = SourceInfo(name=f"{text}, split {split}", num_bytes=0, sha256=digest)
-    return Source(info=lambda: info, records=partial(_rows, rows, text, text_field))
+        return None
 
 
 def _rows(rows: Any, name: str, text_field: str) -> Iterator[Record]:

@@ -1,20 +1,21 @@
 """``cache-teacher --dry-run``: what a capture would cost, measured on one batch, with nothing written.
 
 In: capture settings. Out: tokens, bytes and hours. The teacher runs on one batch of the real text, in the real
-shape, and the batch is encoded as a shard would be.
+shape, and its blocks are encoded as those of a shard would be.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 
 from cache_spec.errors import BadInputError
-from cache_spec.layout import array_specs
-from cache_spec.shardfile import encode_shard
+from cache_spec.layout import ArraySpec, array_specs
+from cache_spec.shardfile import encode_shard, index_bytes
 from pipeline.capture import encode_blocks
 from pipeline.config import CaptureConfig
 from pipeline.source import Source, draft_manifest, resolve_source
@@ -23,6 +24,8 @@ from pipeline.teacher_files import load_tokenizer
 
 _SAMPLE_CHARS = 1 << 20
 _COUNTED_CHARS = 1 << 28
+_CHUNK_FRAME_BYTES = 20
+"""Blosc's header and the checksum of a chunk."""
 
 
 def estimate(config: CaptureConfig) -> dict[str, Any]:
@@ -32,25 +35,33 @@ def estimate(config: CaptureConfig) -> dict[str, Any]:
     batch_tokens = config.batch_blocks * config.block_tokens
     if num_tokens < config.block_tokens and config.last_block == "drop":
         raise BadInputError("too-little-text", "text", expected=f"{config.block_tokens} tokens", found=num_tokens)
+    num_blocks = num_tokens // config.block_tokens
+    if config.last_block == "drop":
+        num_tokens = num_blocks * config.block_tokens
+    else:
+        num_blocks = -(-num_tokens // config.block_tokens)
+    num_shards = -(-num_blocks // config.shard_blocks)
+    manifest = draft_manifest(source, num_blocks=config.batch_blocks)
+    specs = array_specs(manifest)
     ids_BT = np.resize(sample_ids, batch_tokens).reshape(config.batch_blocks, config.block_tokens)
     lengths_B = np.full(config.batch_blocks, config.block_tokens, np.uint32)
     teacher = load_teacher(source.files, device=config.device, dtype=config.dtype)
-    manifest = draft_manifest(source, num_blocks=config.batch_blocks)
     start = time.perf_counter()
     arrays = encode_blocks(manifest, teacher, ids_BT.astype(manifest.id_dtype), lengths_B, 0)
     seconds = time.perf_counter() - start
-    specs = array_specs(manifest)
     bytes_per_token = {
-        name: sum(len(encode_shard(spec, rows)) for rows in _shards(arrays[name], spec.shard_blocks)) / batch_tokens
+        name: (_block_bytes(spec, arrays[name]) * num_blocks + _shard_bytes(spec) * num_shards) / num_tokens
         for name, spec in specs.items()
     }
-    tokens_per_s = batch_tokens / seconds * max(1, config.workers)
+    # One process keeps all cores of a CPU busy, so workers gain speed where each has a GPU of its own.
+    num_devices = torch.cuda.device_count() if config.device in ("auto", "cuda") else 1
+    tokens_per_s = batch_tokens / seconds * max(1, min(config.workers, num_devices))
     return {
         "teacher": source.teacher.model_dump(mode="json"),
         "compute": source.compute.model_dump(mode="json"),
         "tokens": num_tokens,
         "tokens_certainty": certainty,
-        "shards": -(-num_tokens // (config.block_tokens * config.shard_blocks)),
+        "shards": num_shards,
         "bytes_per_token": sum(bytes_per_token.values()),
         "bytes_per_token_by_array": bytes_per_token,
         "bytes": round(num_tokens * sum(bytes_per_token.values())),
@@ -96,5 +107,14 @@ def _count_tokens(source: Source) -> tuple[np.ndarray[Any, Any], int, str]:
     return np.asarray(ids), num_tokens, certainty
 
 
-def _shards(rows: np.ndarray[Any, Any], shard_blocks: int) -> Iterable[np.ndarray[Any, Any]]:
-    return (rows[first : first + shard_blocks] for first in range(0, len(rows), shard_blocks))
+def _block_bytes(spec: ArraySpec, rows: np.ndarray[Any, Any]) -> float:
+    """Bytes of one block in a shard file, mean of a batch's; of the arrays of one number a block, uncompressed."""
+    if not spec.row_shape:
+        return spec.dtype.itemsize
+    batch = replace(spec, shard_blocks=len(rows))
+    return (len(encode_shard(batch, rows)) - index_bytes(batch)) / len(rows)
+
+
+def _shard_bytes(spec: ArraySpec) -> int:
+    """Bytes of a shard file beside its blocks: its index, and what frames a chunk of the whole shard."""
+    return index_bytes(spec) + (0 if spec.row_shape else _CHUNK_FRAME_BYTES)

@@ -6,6 +6,7 @@ In: a cache folder, finished or not. Out: one dictionary for machines and lines 
 from __future__ import annotations
 
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from cache_spec.receipts import committed_shards, read_manifest, read_receipt, r
 def inspect_cache(cache: Path) -> dict[str, Any]:
     """Facts about a cache: teacher, tokens, shards, bytes/token per array, tail mass, teacher's loss.
 
-    Means are over the shards committed so far, each block weighing as its real tokens.
+    Means are over the shards committed so far, each block weighing as its real tokens; None where there is nothing to
+    take the mean of, or where it is too large for a float.
     """
     manifest = read_manifest(cache)
     specs = array_specs(manifest)
@@ -43,9 +45,8 @@ def inspect_cache(cache: Path) -> dict[str, Any]:
         real_BT = np.arange(manifest.blocks.block_tokens) < lengths[:, None]
         tail_mass += (np.exp(rows["log_tail_mass"].astype(np.float64)) * real_BT[:, None]).sum((0, 2))
     total_bytes = sum(num_bytes.values())
-    targets = max(num_tokens - sum(manifest.blocks.shard_range(s)[1] for s in shards), 1)
-    mean_loss = loss_nats / targets
-    tokens = max(num_tokens, 1)
+    num_targets = num_tokens - sum(manifest.blocks.shard_range(s)[1] for s in shards)
+    mean_loss = _mean(loss_nats, num_targets)
     return {
         "cache": str(cache),
         "fingerprint": manifest.fingerprint,
@@ -62,15 +63,23 @@ def inspect_cache(cache: Path) -> dict[str, Any]:
         "shards_planned": manifest.blocks.num_shards,
         "tokens_done": num_tokens,
         "bytes": total_bytes,
-        "bytes_per_token": total_bytes / tokens,
-        "bytes_per_token_by_array": {name: size / tokens for name, size in num_bytes.items()},
+        "bytes_per_token": _mean(total_bytes, num_tokens),
+        "bytes_per_token_by_array": {name: _mean(size, num_tokens) for name, size in num_bytes.items()},
         "mean_tail_mass": {
-            f"{t:g}": float(mass) / tokens for t, mass in zip(manifest.temperatures, tail_mass, strict=True)
+            f"{t:g}": _mean(float(mass), num_tokens) for t, mass in zip(manifest.temperatures, tail_mass, strict=True)
         },
         "teacher_loss_nats": mean_loss,
-        "teacher_perplexity": math.exp(mean_loss),
-        "teacher_entropy_nats": entropy_nats / tokens,
+        "teacher_perplexity": _exp(mean_loss),
+        "teacher_entropy_nats": _mean(entropy_nats, num_tokens),
     }
+
+
+def _mean(total: float, count: int) -> float | None:
+    return total / count if count else None
+
+
+def _exp(value: float | None) -> float | None:
+    return math.exp(value) if value is not None and value < math.log(sys.float_info.max) else None
 
 
 def describe(facts: dict[str, Any]) -> list[str]:
@@ -87,12 +96,14 @@ def describe(facts: dict[str, Any]) -> list[str]:
         f"shards       {facts['shards_done']:,} of {facts['shards_planned']:,} done,"
         f" {blocks['num_blocks']:,} blocks of {blocks['block_tokens']:,} tokens",
         f"targets      {facts['encoding']['name']}, K = {facts['encoding']['k']}, hidden states: {hidden}",
-        f"size         {facts['bytes']:,} bytes, {facts['bytes_per_token']:.2f} bytes/token",
     ]
+    if not facts["tokens_done"]:
+        return lines
+    lines.append(f"size         {facts['bytes']:,} bytes, {facts['bytes_per_token']:.2f} bytes/token")
     lines += [f"  {name:<15}{size:8.2f} bytes/token" for name, size in facts["bytes_per_token_by_array"].items()]
     lines += [f"tail mass    {mass:.4f} at T = {t}" for t, mass in facts["mean_tail_mass"].items()]
-    lines.append(
-        f"teacher      loss {facts['teacher_loss_nats']:.4f} nats, perplexity {facts['teacher_perplexity']:.2f},"
-        f" entropy {facts['teacher_entropy_nats']:.4f} nats on this text"
-    )
-    return lines
+    loss, perplexity = facts["teacher_loss_nats"], facts["teacher_perplexity"]
+    known = [] if loss is None else [f"loss {loss:.4f} nats"]
+    known += [] if perplexity is None else [f"perplexity {perplexity:.2f}"]
+    known.append(f"entropy {facts['teacher_entropy_nats']:.4f} nats on this text")
+    return [*lines, "teacher      " + ", ".join(known)]

@@ -63,7 +63,8 @@ def encode_batch(
     messages; ``window`` is the pooling window of hidden states, None to keep none; ``chunk_rows`` the rows whose logits
     are held at once. Head log-probabilities are off by at most step_nats / 2 (more only where they lie below
     -65535 * step_nats, where they saturate); log tail masses are float16 of a float32 value from the full distribution.
-    Raises BadInputError: ``k-above-vocabulary``, ``bad-window``, ``non-finite-logits``, ``hidden-overflow``.
+    Raises BadInputError: ``k-above-vocabulary``, ``bad-window``, ``non-finite-logits``,
+    ``non-finite-normaliser``, ``hidden-overflow``.
     """
     num_blocks, num_tokens = input_ids_BT.shape
     vocab_size = teacher.info.vocab_size
@@ -78,6 +79,7 @@ def encode_batch(
     rows = _encode_rows(teacher, hidden_BTD.flatten(0, 1), _next_ids(input_ids_BT), k, temperatures, chunk_rows)
     # Any NaN or inf among a row's logits makes its entropy NaN: a term p * log p has it as a factor.
     _refuse_non_finite("non-finite-logits", rows.entropy_R, num_blocks, first_block)
+    _refuse_non_finite("non-finite-normaliser", rows.log_normaliser_RM, num_blocks, first_block)
     id_dtype = np.uint16 if vocab_size <= 1 << 16 else np.uint32
     blocks = (num_blocks, num_tokens)
 
@@ -257,6 +259,7 @@ def _refuse_non_finite(kind: str, values: torch.Tensor, num_blocks: int, first_b
     if not finite_B.all():
         expected = {
             "non-finite-logits": "finite teacher logits",
+            "non-finite-normaliser": "a finite normaliser at every temperature",
             "hidden-overflow": f"hidden states within {-_FLOAT16_LOWEST:g}, the range of float16",
         }
         block = first_block + int(finite_B.argmin())

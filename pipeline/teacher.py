@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from cache_spec.errors import BadInputError
 from cache_spec.manifest import TeacherInfo, TokenizerInfo
-from pipeline.failures import first_line
+from pipeline.failures import first_line, is_out_of_memory
 from pipeline.teacher_files import (
     TeacherFiles,
     describe_model,
@@ -103,7 +103,7 @@ def load_teacher(
     ``device``: auto (CUDA, then MPS, then CPU), cpu, cuda, cuda:N or mps. ``dtype``: auto (bfloat16 on CUDA that has
     it, else float32), float32, bfloat16 or float16. ``attention``: a transformers attention implementation, None for
     its default. Raises what ``describe_teacher`` raises, and BadInputError ``no-such-device``, ``no-such-dtype``,
-    ``broken-weights``, ``incomplete-weights``, ``unsupported-head``.
+    ``broken-weights``, ``incomplete-weights``, ``other-shape``, ``unsupported-head``.
     """
     place = f"teacher {files.name}"
     torch_device = pick_device(device)
@@ -115,14 +115,30 @@ def load_teacher(
     try:
         with quiet_transformers():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                files.folder, dtype=torch_dtype, trust_remote_code=False, output_loading_info=True, **options
+                files.folder,
+                dtype=torch_dtype,
+                trust_remote_code=False,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **options,
             )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        if is_out_of_memory(error):
+            raise
         raise BadInputError("broken-weights", place, found=first_line(error)) from None
     # A checkpoint without a language model's head would be given a random one.
     model, report = loaded
     if missing := sorted(report["missing_keys"]):
         raise BadInputError("incomplete-weights", place, expected=f"{missing[0]} and {len(missing) - 1} more weights")
+    if mismatched := sorted(report["mismatched_keys"]):
+        weight, stored, wanted = mismatched[0]
+        raise BadInputError(
+            "other-shape",
+            f"teacher {files.name}: {weight}",
+            expected=f"the shape {tuple(wanted)} of config.json",
+            found=tuple(stored),
+            hint="config.json and the weights do not belong together",
+        )
     model.requires_grad_(False).eval().to(torch_device)
     model.config.use_cache = model.config.get_text_config().use_cache = False
     info, tokenizer_info = describe_model(files, model, tokenizer)

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import io
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +20,7 @@ from typing import Any
 import huggingface_hub
 import torch
 import transformers
+from pydantic import ValidationError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
@@ -78,19 +80,25 @@ def resolve_teacher(name: str, *, revision: str | None = None, gguf_file: str | 
     Raises BadInputError: ``unknown-teacher``, ``no-weights``, ``unsafe-weights``, ``bad-weights-index``,
     ``revision-of-a-folder``.
     """
-    path = Path(name).expanduser()
-    if path.is_file() and path.suffix == ".gguf" and gguf_file is None:
+    # These say no to what cannot be a path, a name too long or an unknown ~user, where pathlib raises.
+    path = Path(os.path.expanduser(name))
+    if os.path.isfile(path):
+        if path.suffix != ".gguf" or gguf_file is not None:
+            hint = "give the folder that it lies in"
+            raise BadInputError("unknown-teacher", f"teacher {name}", expected="a folder", found="a file", hint=hint)
         path, gguf_file = path.parent, path.name
-    if path.is_dir():
+    if os.path.isdir(path):
         if revision is not None:
             raise BadInputError("revision-of-a-folder", f"teacher {name}", hint="a revision needs a hub name")
         label = path.resolve().name if gguf_file is None else gguf_file
+        label = os.fsencode(label).decode(errors="backslashreplace")
         weights = _weight_files(path, gguf_file, name, [file.name for file in path.iterdir()])
         return TeacherFiles(name=label, folder=path, weight_files=weights, gguf_file=gguf_file, revision=None)
     folder = _fetch(name, revision, [gguf_file] if gguf_file else _HUB_PATTERNS)
     present = [file.name for file in folder.iterdir()]
     if gguf_file is None and not any(file.endswith(".safetensors") for file in present):
-        with contextlib.suppress(OSError, ValueError):
+        # Without a network the names serve no more than the message; its errors change with the hub's HTTP library.
+        with contextlib.suppress(Exception):
             present += huggingface_hub.list_repo_files(name, revision=revision)
     weights = _weight_files(folder, gguf_file, name, present)
     return TeacherFiles(name=name, folder=folder, weight_files=weights, gguf_file=gguf_file, revision=folder.name)
@@ -101,7 +109,7 @@ def _fetch(name: str, revision: str | None, patterns: list[str]) -> Path:
         raise BadInputError("unknown-teacher", f"teacher {name}", found="no such file or folder")
     try:
         return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns))
-    except (OSError, ValueError) as error:
+    except Exception as error:
         at = f" at revision {revision}" if revision else ""
         raise BadInputError(
             "unknown-teacher",
@@ -196,8 +204,12 @@ def describe_teacher(files: TeacherFiles) -> tuple[TeacherInfo, TokenizerInfo]:
     """
     config, tokenizer = load_config(files), load_tokenizer(files)
     causal_lm: Any = AutoModelForCausalLM
-    with quiet_transformers(), torch.device("meta"):
-        model = causal_lm.from_config(config, trust_remote_code=False)
+    try:
+        with quiet_transformers(), torch.device("meta"):
+            model = causal_lm.from_config(config, trust_remote_code=False)
+    except Exception as error:  # each architecture fails in its own way on numbers that make no sense
+        found = f"{type(error).__name__}: {first_line(error)}"
+        raise BadInputError("unreadable-config", f"teacher {files.name}", found=found) from None
     return describe_model(files, model, tokenizer)
 
 
@@ -221,8 +233,9 @@ def load_config(files: TeacherFiles) -> Any:
     try:
         with quiet_transformers():
             config: Any = AutoConfig.from_pretrained(files.folder, trust_remote_code=False, **source_options(files))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:  # what is wrong with a value, its own class of configuration says in its own way
         raise BadInputError("unreadable-config", place, found=first_line(error)) from None
+    _generation_settings(files)
     kind = config.model_type
     found = None
     if config.is_encoder_decoder:
@@ -236,6 +249,20 @@ def load_config(files: TeacherFiles) -> Any:
     if found is not None:
         raise BadInputError("not-a-causal-lm", place, expected="a decoder-only language model", found=found)
     return config
+
+
+def _generation_settings(files: TeacherFiles) -> dict[str, Any] | None:
+    """What generation_config.json says, None where there is none: BadInputError ``unreadable-config``."""
+    path = files.folder / "generation_config.json"
+    if files.gguf_file is not None or not path.is_file():
+        return None
+    try:
+        settings = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise BadInputError("unreadable-config", path, found=first_line(error)) from None
+    if not isinstance(settings, dict):
+        raise BadInputError("unreadable-config", path, expected="a JSON object", found=type(settings).__name__)
+    return settings
 
 
 def describe_model(files: TeacherFiles, model: Any, tokenizer: Any) -> tuple[TeacherInfo, TokenizerInfo]:
@@ -264,18 +291,23 @@ def describe_model(files: TeacherFiles, model: Any, tokenizer: Any) -> tuple[Tea
     if not 0 <= eos < vocab_size:
         raise BadInputError("vocabulary-mismatch", place, expected=f"eos id below {vocab_size}", found=eos)
     positions = ("max_position_embeddings", "n_positions", "max_seq_len")
-    teacher_info = TeacherInfo(
-        name=files.name,
-        revision=files.revision,
-        model_type=config.model_type,
-        weights_sha256=files.weights_sha256,
-        vocab_size=vocab_size,
-        padded_vocab_size=rows,
-        hidden_size=width,
-        num_layers=text.num_hidden_layers,
-        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
-        max_positions=next((n for key in positions if (n := getattr(text, key, None))), None),
-    )
+    try:
+        teacher_info = TeacherInfo(
+            name=files.name,
+            revision=files.revision,
+            model_type=config.model_type,
+            weights_sha256=files.weights_sha256,
+            vocab_size=vocab_size,
+            padded_vocab_size=rows,
+            hidden_size=width,
+            num_layers=text.num_hidden_layers,
+            num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+            max_positions=next((n for key in positions if (n := getattr(text, key, None))), None),
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        found = f"{first['loc'][0]} {first['input']}: {first['msg']}"
+        raise BadInputError("unreadable-config", place, found=found) from None
     return teacher_info, TokenizerInfo(sha256=tokenizer_sha256(tokenizer), eos_token_id=eos)
 
 
@@ -287,9 +319,9 @@ def save_teacher_description(files: TeacherFiles, folder: Path) -> None:
     target = folder / "teacher"
     target.mkdir(parents=True, exist_ok=True)
     _write_json(target / "config.json", _without(load_config(files).to_diff_dict(), _NOT_CONFIG))
-    generation = files.folder / "generation_config.json"
-    if files.gguf_file is None and generation.is_file():
-        _write_json(target / generation.name, _without(json.loads(generation.read_bytes()), _NOT_CONFIG))
+    generation = _generation_settings(files)
+    if generation is not None:
+        _write_json(target / "generation_config.json", _without(generation, _NOT_CONFIG))
     with quiet_transformers():
         load_tokenizer(files).save_pretrained(folder / "tokenizer")
     settings = folder / "tokenizer" / "tokenizer_config.json"

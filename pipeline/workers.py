@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
@@ -20,6 +23,7 @@ from cache_spec.manifest import Manifest
 from pipeline.blocks import StagedBlocks
 from pipeline.capture import capture_shard
 from pipeline.config import CaptureConfig
+from pipeline.failures import as_failure
 from pipeline.teacher import Teacher, load_teacher
 from pipeline.teacher_files import TeacherFiles
 
@@ -39,20 +43,12 @@ def capture_on_workers(
 ) -> None:
     """Commit every shard of ``todo`` on ``config.workers`` processes.
 
-    A failed shard spares the rest; then the lowest one's error is raised.
+    After a failure no shard is begun; those that run are finished, and the lowest failed one's error is raised.
     """
     threads = max(1, (os.cpu_count() or 1) // config.workers)
     failures: dict[int, BaseException] = {}
     with (
-        LocalCluster(
-            n_workers=min(config.workers, len(todo)),
-            threads_per_worker=1,
-            processes=True,
-            host="127.0.0.1",
-            dashboard_address=None,
-            memory_limit=0,
-            silence_logs=logging.CRITICAL,
-        ) as cluster,
+        _cluster(min(config.workers, len(todo))) as cluster,
         Client(cluster) as client,
     ):
         shards = iter(todo)
@@ -70,13 +66,38 @@ def capture_on_workers(
                 on_tokens(future.result())
             else:
                 failures[future.key[1]] = error
-            for next_future in submit(1):
+            for next_future in submit(0 if failures else 1):
                 running.add(next_future)
     if failures:
-        first = failures[min(failures)]
+        lowest = min(failures)
+        first = failures[lowest]
         if isinstance(first, KdpipeError):
             raise first
-        raise KdpipeError("worker-failed", f"shards {sorted(failures)}", found=first) from first
+        failure = as_failure(first, f"shard {lowest}")
+        raise failure or KdpipeError("worker-failed", f"shard {lowest}", found=repr(first)) from first
+
+
+@contextmanager
+def _cluster(num_workers: int) -> Iterator[LocalCluster]:
+    """Worker processes that leave Ctrl-C to this one: they end with it, and say nothing of it."""
+    # The processes inherit what is ignored; only a main thread may change it.
+    in_main = threading.current_thread() is threading.main_thread()
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN) if in_main else None
+    try:
+        cluster = LocalCluster(
+            n_workers=num_workers,
+            threads_per_worker=1,
+            processes=True,
+            host="127.0.0.1",
+            dashboard_address=None,
+            memory_limit=0,
+            silence_logs=logging.CRITICAL,
+        )
+    finally:
+        if in_main:
+            signal.signal(signal.SIGINT, handler)
+    with cluster:
+        yield cluster
 
 
 def _capture_task(

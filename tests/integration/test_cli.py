@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from cache_spec.commit import commit_shard
 from pipeline import cli
 from pipeline.config import CaptureConfig
 from tests.models import make_folder, write_words
@@ -100,6 +101,11 @@ def test_every_shipped_recipe_is_valid() -> None:
         ("cache-teacher: {teecher: x}", "unknown-key: .*: cache-teacher: teecher, expected one of teacher"),
         ("cache-student: {}", "unknown-key: .*: cache-student"),
         ("cache-teacher: {k: many}", "bad-recipe: .*: cache-teacher: k, found Input should be a valid integer"),
+        ("cache-teacher: {1: 2}", "unknown-key: .*: cache-teacher: 1, expected one of teacher"),
+        ("cache-teacher: {out: 2020-99-99}", "bad-recipe"),
+        ("[" * 5000, "bad-recipe"),
+        ("cache-teacher: {batch_blocks: 9, shard_blocks: 8}", "bad-recipe: .*batch_blocks 9 is more than shard_blocks"),
+        ("cache-teacher: {temperatures: [1.0e-40, 1.0]}", "bad-recipe: .*temperatures must be from 0.05 to 100"),
         ("cache-teacher: {hidden_window: 7}", "bad-recipe: .*found hidden_window 7 does not divide"),
         ("cache-teacher: [", "bad-recipe"),
         ("- a list", "bad-recipe: .*expected one mapping per command"),
@@ -139,6 +145,17 @@ def test_an_unknown_recipe_names_the_shipped_ones(capsys: pytest.CaptureFixture[
         ["cache-teacher", "--teacher", "t", "--text", "x", "--out", "o", "--k", "many"],
         ["cache-teacher", "--teacher", "t", "--text", "x", "--out", "o", "--temperatures", "2,1"],
         ["train-student", "--cache", "c", "--out", "o", "--student-config", "{not json"],
+        *(
+            ["cache-teacher", "--teacher", "t", "--text", "x", "--out", "o", flag, value]
+            for flag in ("--teacher", "--text", "--out", "--split")
+            for value in ("", " ")
+        ),
+        ["cache-teacher", "--teacher", "t", "--text", "x", "--out", "~nouser-of-ours/o"],
+        ["cache-teacher", "--teacher", "t", "--text", "x", "--out", "o\udce9"],
+        ["cache-teacher", "--teacher", "t\udce9", "--text", "x", "--out", "o"],
+        ["verify", "c", "--teacher", "t"],
+        ["verify", "c", "--gguf-file", "t"],
+        ["verify", "c", "--batches", "4"],
     ],
 )
 def test_wrong_usage_exits_with_2(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
@@ -146,6 +163,65 @@ def test_wrong_usage_exits_with_2(capsys: pytest.CaptureFixture[str], arguments:
     assert code == 2
     assert "Error: " in err
     assert "Traceback" not in err
+
+
+def test_home_is_expanded_and_one_text_needs_no_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "recipe.yaml").write_text("cache-teacher: {text: ~/text.txt, out: ~/cache}")
+    config = cli.build(CaptureConfig, "cache-teacher", str(tmp_path / "recipe.yaml"), {"teacher": "t"})
+    assert (config.text, config.out) == ((str(tmp_path / "text.txt"),), tmp_path / "cache")
+
+
+@pytest.mark.parametrize("flag", ["--teacher", "--text", "--config", "--out"])
+@pytest.mark.parametrize("name", ["n" * 300, "n/" + "m" * 300 + ".txt"])
+def test_a_name_too_long_for_a_file_is_one_line(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    teacher: Path,
+    text: Path,
+    flag: str,
+    name: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    flags = {"--teacher": teacher, "--text": text, "--out": tmp_path / "cache"} | {flag: name}
+    code, _, err = kdpipe(capsys, "cache-teacher", *(part for pair in flags.items() for part in pair), *SMALL)
+    assert code == 3
+    assert_one_line(err, "unknown-|[Nn]ame.too.long")
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            OSError(28, "No space left on device", "/full/disk"),
+            "error: system-error: .*/full/disk, found No space left",
+        ),
+        (MemoryError(), "error: out-of-memory: cache-teacher.*smaller --batch-blocks"),
+        (RuntimeError("CUDA out of memory. Tried\nmore"), "error: out-of-memory: .*CUDA out of memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "error: out-of-memory: .*--batch-blocks"),
+        (EOFError("ran out of input"), "error: early-end: cache-teacher, found ran out of input"),
+    ],
+)
+def test_failures_of_the_machine_exit_with_1_and_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, error: Exception, message: str
+) -> None:
+    def fails(*args: object, **kwargs: object) -> None:
+        raise error
+
+    monkeypatch.setattr("pipeline.capture.capture", fails)
+    code, _, err = kdpipe(capsys, "cache-teacher", "--teacher", "t", "--text", "x", "--out", "o")
+    assert code == 1
+    assert_one_line(err, message)
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("pipeline.capture.capture", fails)
+    with pytest.raises(RuntimeError, match="a bug"):
+        cli.run(["cache-teacher", "--teacher", "t", "--text", "x", "--out", "o"])
 
 
 def test_bad_input_exits_with_3_and_one_line(
@@ -195,6 +271,51 @@ def test_an_unfinished_cache_cannot_be_trained_on(
     assert_one_line(err, "unfinished-cache.*run the same cache-teacher command again")
 
 
+def test_inspect_says_nothing_of_means_that_are_not_there(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, teacher: Path, text: Path
+) -> None:
+    def full(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pipeline.capture.commit_shard", full)
+    flags = ["--teacher", teacher, "--text", text, "--out", tmp_path / "cache", *SMALL]
+    assert kdpipe(capsys, "cache-teacher", *flags)[0] == 130
+    code, out, err = kdpipe(capsys, "inspect", tmp_path / "cache", "--json")
+    assert code == 0, err
+    facts = json.loads(out)
+    unknown = ("teacher_loss_nats", "teacher_perplexity", "teacher_entropy_nats", "bytes_per_token")
+    assert [facts[name] for name in unknown] == [None] * 4
+    assert set(facts["mean_tail_mass"].values()) == {None}
+    code, out, err = kdpipe(capsys, "inspect", tmp_path / "cache")
+    assert (code, err) == (0, "")
+    assert "loss" not in out
+    assert "0 of 6 done" in out
+
+
+@pytest.mark.parametrize(("loss", "perplexity"), [(709.0, "number"), (710.0, None), (1e30, None)])
+def test_inspect_survives_a_loss_whose_exponential_overflows(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    teacher: Path,
+    text: Path,
+    loss: float,
+    perplexity: str | None,
+) -> None:
+    def lossy(cache: Path, manifest: Any, shard: int, rows: Any) -> Any:
+        rows["block_loss"][:] = loss
+        return commit_shard(cache, manifest, shard, rows)
+
+    monkeypatch.setattr("pipeline.capture.commit_shard", lossy)
+    flags = ["--teacher", teacher, "--text", text, "--out", tmp_path / "cache", *SMALL, "--json"]
+    assert kdpipe(capsys, "cache-teacher", *flags)[0] == 0
+    code, out, err = kdpipe(capsys, "inspect", tmp_path / "cache", "--json")
+    assert code == 0, err
+    assert (json.loads(out)["teacher_perplexity"] is None) == (perplexity is None)
+    code, out, _ = kdpipe(capsys, "inspect", tmp_path / "cache")
+    assert ("perplexity" in out) == (perplexity is not None)
+
+
 def test_an_interrupt_exits_with_130_and_says_how_to_go_on(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, teacher: Path, text: Path
 ) -> None:
@@ -214,9 +335,32 @@ def test_a_dry_run_writes_nothing_and_tells_the_cost(
     code, out, err = kdpipe(capsys, "cache-teacher", *flags)
     assert code == 0, err
     facts = json.loads(out)
-    assert facts["tokens"] == 12 * 41
+    assert facts["tokens"] == 12 * 41 // 16 * 16
     assert facts["bytes"] == pytest.approx(facts["tokens"] * facts["bytes_per_token"], abs=1)
     assert not (tmp_path / "cache").exists()
+
+
+def test_a_dry_run_of_one_block_tells_the_size_of_large_shards(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, teacher: Path
+) -> None:
+    text = write_words(tmp_path / "text.jsonl", num_documents=60)
+    flags = ["--teacher", teacher, "--text", text, "--out", tmp_path / "cache", *SMALL, "--json"]
+    flags += ["--batch-blocks", 1, "--shard-blocks", 64]
+    told = json.loads(kdpipe(capsys, "cache-teacher", *flags, "--dry-run")[1])
+    real = json.loads(kdpipe(capsys, "cache-teacher", *flags)[1])
+    assert (told["tokens"], told["shards"]) == (real["tokens"], real["shards"])
+    assert told["bytes_per_token"] == pytest.approx(real["bytes_per_token"], rel=0.1)
+
+
+def test_workers_without_gpus_of_their_own_promise_no_speed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, teacher: Path, text: Path
+) -> None:
+    ticks = iter(range(100))
+    monkeypatch.setattr("pipeline.estimate.time.perf_counter", lambda: float(next(ticks)))
+    flags = ["--teacher", teacher, "--text", text, "--out", tmp_path / "cache", *SMALL, "--dry-run", "--json"]
+    for workers in (0, 1, 8):
+        _, out, _ = kdpipe(capsys, "cache-teacher", *flags, "--workers", workers)
+        assert json.loads(out)["tokens_per_s"] == 2 * 16
 
 
 def test_help_imports_nothing_heavy() -> None:

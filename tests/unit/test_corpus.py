@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import json
 import logging
+import os
 import tracemalloc
 from codecs import BOM_UTF8
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
+from cache_spec.errors import BadInputError
 from pipeline.corpus import PIECE_CHARS, Corpus, pieces, resolve
 from tests.refusals import refused
 
@@ -168,6 +170,22 @@ def test_places_without_text_are_refused(tmp_path: Path) -> None:
     refused("no-text", lambda: resolve([str(tmp_path)]))
 
 
+@pytest.mark.parametrize("folder", [False, True])
+def test_a_file_whose_name_is_not_utf8_is_refused_by_name(tmp_path: Path, folder: bool) -> None:
+    path = tmp_path / os.fsdecode(b"caf\xe9.txt")
+    try:
+        path.write_text("x")
+    except OSError:
+        pytest.skip("this file system has no such names")
+    assert "caf\\xe9.txt" in refused("bad-file-name", lambda: resolve([str(tmp_path if folder else path)]))
+
+
+@pytest.mark.parametrize("text", ["n" * 300, "n/" * 3 + "m" * 300, "~nouser-of-ours/x", "a\0b", "x" * 300 + "*"])
+def test_what_can_be_no_path_is_refused(text: str) -> None:
+    with pytest.raises(BadInputError, match=r"unknown-text|no-text"):
+        resolve([text])
+
+
 def test_a_vanished_file_is_one_clear_error(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("x")
@@ -227,7 +245,11 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
             raise ValueError("Unknown split\nsecond line")
         return datasets.IterableDataset.from_generator(rows)
 
-    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *_, **__: SimpleNamespace(sha=asked["sha"]))
+    def info(_api: object, _name: str, *, revision: str | None, timeout: float) -> object:
+        asked["asked"] = revision
+        return SimpleNamespace(sha=asked["sha"])
+
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", info)
     monkeypatch.setattr("datasets.load_dataset", load)
     return asked
 
@@ -238,6 +260,7 @@ def test_a_hub_data_set_is_streamed_at_the_commit_it_was_digested_at(hub: dict[s
     assert read(corpus) == TEXTS
     assert hub == {
         "sha": "c0ffee",
+        "asked": None,
         "name": "owner/name",
         "config": "small",
         "split": "test",
@@ -247,6 +270,29 @@ def test_a_hub_data_set_is_streamed_at_the_commit_it_was_digested_at(hub: dict[s
     hub["sha"] = "decaf"
     assert resolve(["owner/name:small"], split="test").sources != corpus.sources
     assert "owner/name, row 1" in refused("missing-field", lambda: read(resolve(["owner/name"], text_field="body")))
+
+
+@pytest.mark.parametrize("name", ["owner/name", "owner/name:small"])
+def test_a_hub_data_set_pinned_to_its_commit_is_the_same_text_without_asking(
+    hub: dict[str, Any], caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    commit = hub["sha"] = "c0ffee00" * 5
+    with caplog.at_level(logging.INFO, logger="kdpipe"):
+        sources = resolve([name]).sources
+    assert f"data set {name} at commit {commit}; pin it with {name}@{commit}" in caplog.text
+    assert resolve([f"{name}@main"]).sources == sources
+    assert hub.pop("asked") == "main"
+    hub["sha"] = "decaf000" * 5
+    assert resolve([name]).sources != sources
+    del hub["asked"]
+    caplog.clear()
+    pinned = resolve([f"{name}@{commit}"])
+    assert pinned.sources == sources
+    assert read(pinned) == TEXTS
+    assert "asked" not in hub
+    assert hub["revision"] == commit
+    assert hub["name"] == "owner/name"
+    assert not caplog.text
 
 
 def test_a_hub_data_set_without_the_split_is_refused(hub: dict[str, Any]) -> None:

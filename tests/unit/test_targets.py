@@ -145,6 +145,12 @@ def test_the_normaliser_at_one_is_exactly_zero() -> None:
     assert (arrays["log_normaliser"][:, TEMPERATURES.index(1.0)] == 0).all()
 
 
+def test_a_normaliser_that_is_not_finite_is_refused() -> None:
+    with pytest.raises(BadInputError, match="non-finite-normaliser: block 0") as caught:
+        encode(stub_teacher(torch.randn(1, 3, 500)), np.zeros((1, 3), int), temperatures=(1e-40, 1.0))
+    assert caught.value.exit_code == EXIT_BAD_INPUT
+
+
 def test_temperatures_need_not_include_one() -> None:
     logits_BTV = torch.randn(1, 3, 500)
     full, two = (

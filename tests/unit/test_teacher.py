@@ -118,6 +118,28 @@ def test_an_unknown_teacher_is_one_line_offline(monkeypatch: Any, tmp_path: Path
     refused("unknown-teacher", resolve_teacher, "absent.gguf")
 
 
+@pytest.mark.parametrize("name", ["~nouser-of-ours/x", "n" * 300, "/" + "n" * 300, "a\0b"])
+def test_what_can_be_no_path_is_an_unknown_teacher(name: str) -> None:
+    refused("unknown-teacher", resolve_teacher, name)
+
+
+def test_a_file_of_a_teacher_is_refused_with_a_hint(folder: Path) -> None:
+    message = refused("unknown-teacher", resolve_teacher, str(folder / "model.safetensors"))
+    assert "give the folder" in message
+
+
+def test_a_hub_teacher_cached_in_part_is_refused_without_a_network(folder: Path, monkeypatch: Any) -> None:
+    def offline(*_args: Any, **_kwargs: Any) -> Any:
+        raise type("ConnectError", (Exception,), {})("no route")
+
+    (folder / "model.safetensors").unlink()
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: str(folder))
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", offline)
+    refused("no-weights", resolve_teacher, "someone/model")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    refused("unknown-teacher", resolve_teacher, "someone/model")
+
+
 def test_a_name_the_hub_cannot_have_is_unknown() -> None:
     refused("unknown-teacher", resolve_teacher, "not a name!")
 
@@ -148,6 +170,22 @@ def test_broken_weights_are_refused(folder: Path, damage: bytes | None) -> None:
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100] if damage is None else damage)
     refused("broken-weights", load_teacher, resolve_teacher(str(folder)), device="cpu")
+
+
+def test_weights_of_another_shape_than_the_configs_are_named(folder: Path) -> None:
+    change_config(folder, n_inner=48)
+    message = refused("other-shape", load_teacher, resolve_teacher(str(folder)), device="cpu")
+    assert "mlp.c_fc" in message
+    assert "48" in message
+
+
+def test_memory_that_runs_out_is_not_told_as_broken_weights(folder: Path, monkeypatch: Any) -> None:
+    def full(*_args: Any, **_kwargs: Any) -> Any:
+        raise RuntimeError("CUDA out of memory. Tried to allocate 9 GiB")
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", full)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        load_teacher(resolve_teacher(str(folder)), device="cpu")
 
 
 def test_a_checkpoint_without_a_language_head_is_refused(tmp_path: Path) -> None:
@@ -246,6 +284,39 @@ def test_a_missing_or_broken_config_is_refused(folder: Path) -> None:
     refused("unreadable-config", describe_teacher, files)
     (folder / "config.json").unlink()
     refused("unreadable-config", describe_teacher, files)
+
+
+def change_config(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"n_head": 3},
+        {"n_head": 0},
+        {"n_embd": "x"},
+        {"n_embd": -1},
+        {"n_positions": -1},
+        {"n_layer": 0},
+        {"n_layer": "two"},
+        {"vocab_size": None},
+        {"activation_function": "nonsense"},
+        {"model_type": "nonsense"},
+        {"model_type": ["gpt2"]},
+        {"rope_scaling": 3, "model_type": "llama"},
+    ],
+)
+def test_a_config_of_nonsense_is_refused(folder: Path, changes: dict[str, Any]) -> None:
+    change_config(folder, **changes)
+    refused("unreadable-config", describe_teacher, resolve_teacher(str(folder)))
+
+
+@pytest.mark.parametrize("body", ["{", "[]", "[" * 100_000, "\udc80"])
+def test_a_broken_generation_config_is_refused_before_anything_is_written(folder: Path, body: str) -> None:
+    (folder / "generation_config.json").write_bytes(body.encode(errors="surrogateescape"))
+    refused("unreadable-config", describe_teacher, resolve_teacher(str(folder)))
 
 
 def test_blocks_longer_than_the_positions_are_refused(folder: Path) -> None:
