@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -65,8 +66,9 @@ def test_no_asset_names_the_machine_that_made_it() -> None:
         if file.suffix == ".safetensors":
             continue
         text = file.read_text(encoding="utf-8")
-        for word in ("/home/", "/root/", "/tmp/", "/work", "_name_or_path", "name_or_path"):
-            assert file.name == "tokenizer.json" or word not in text, (file.name, word)
+        # Merges of the tokenizer hold any characters; elsewhere a quoted or indented slash begins an absolute path.
+        if file.name != "tokenizer.json":
+            assert not re.search(r'name_or_path|["\s]/[A-Za-z]', text), file.name
         if file.suffix == ".json":
             json.loads(text)
 
