@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import filelock
-import numpy as np
 from tqdm import tqdm
 
-from cache_spec.commit import PUBLISH_LOCK, commit_shard, create_cache
+from cache_spec.commit import PUBLISH_LOCK, create_cache
 from cache_spec.durable import TEMPORARY_PREFIX, make_folder, remove_leftovers, replace_file, writing
 from cache_spec.errors import WouldLoseDataError
 from cache_spec.layout import ARRAY_NAMES, array_specs, zarr_metadata
@@ -32,18 +31,16 @@ from cache_spec.receipts import (
     RECEIPTS_FOLDER,
     SEAL_NAME,
     read_manifest,
-    read_receipt,
     receipt_path,
     small_file_errors,
     whole_shards,
     write_seal,
 )
-from cache_spec.shardfile import Array
 from pipeline.blocks import StagedBlocks, stage_blocks
 from pipeline.config import CaptureConfig
+from pipeline.shard import capture_shard
 from pipeline.source import Source, refuse_differences, resolve_source, staged_manifest
-from pipeline.targets import encode_batch
-from pipeline.teacher import Teacher, load_teacher
+from pipeline.teacher import load_teacher
 from pipeline.teacher_files import (
     TeacherFiles,
     load_tokenizer,
@@ -202,52 +199,6 @@ def _run(source: Source, manifest: Manifest, staged: StagedBlocks, todo: list[in
         teacher = load_teacher(source.files, device=config.device, dtype=config.dtype)
         for shard in todo:
             capture_shard(config.out, manifest, staged, teacher, shard, bar.update)
-
-
-def capture_shard(
-    cache: Path,
-    manifest: Manifest,
-    staged: StagedBlocks,
-    teacher: Teacher,
-    shard: int,
-    on_tokens: Callable[[int], object] = lambda tokens: None,
-) -> None:
-    """Run the teacher over one shard's blocks and commit it; does nothing if the shard is committed."""
-    if read_receipt(cache, manifest, shard) is not None:
-        return
-    first, count = manifest.blocks.shard_range(shard)
-    batch = manifest.compute.batch_blocks
-    parts = []
-    for start in range(first, first + count, batch):
-        num_blocks = min(batch, first + count - start)
-        ids_BT, lengths_B = staged.read(start, num_blocks), staged.lengths(start, num_blocks)
-        parts.append(encode_blocks(manifest, teacher, ids_BT, lengths_B, start))
-        on_tokens(num_blocks * manifest.blocks.block_tokens)
-    rows = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    commit_shard(cache, manifest, shard, rows)
-
-
-def encode_blocks(
-    manifest: Manifest, teacher: Teacher, ids_BT: Array, lengths_B: Array, first_block: int
-) -> dict[str, Array]:
-    """All arrays of at most one batch of blocks, computed in the one static batch shape of the cache."""
-    num_blocks = len(ids_BT)
-    missing = manifest.compute.batch_blocks - num_blocks
-    if missing:
-        # A smaller batch could round differently; repeating a block keeps the shape, and is cut off again.
-        ids_BT = np.concatenate([ids_BT, np.repeat(ids_BT[-1:], missing, axis=0)])
-        lengths_B = np.concatenate([lengths_B, np.repeat(lengths_B[-1:], missing)])
-    arrays = encode_batch(
-        teacher,
-        ids_BT,
-        lengths_B,
-        k=manifest.encoding.k,
-        step_nats=manifest.encoding.step_nats,
-        temperatures=manifest.temperatures,
-        window=manifest.hidden.window if manifest.hidden else None,
-        first_block=first_block,
-    )
-    return {name: rows[:num_blocks] for name, rows in arrays.items()}
 
 
 def summary(cache: Path, manifest: Manifest, *, captured: int) -> dict[str, Any]:

@@ -16,8 +16,8 @@ import torch
 from cache_spec.errors import BadInputError
 from cache_spec.layout import ArraySpec, array_specs
 from cache_spec.shardfile import encode_shard, index_bytes
-from pipeline.capture import encode_blocks
 from pipeline.config import CaptureConfig
+from pipeline.shard import encode_blocks
 from pipeline.source import Source, draft_manifest, resolve_source
 from pipeline.teacher import load_teacher
 from pipeline.teacher_files import load_tokenizer

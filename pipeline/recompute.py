@@ -18,7 +18,7 @@ from cache_spec.reader import CacheReader
 from cache_spec.shardfile import Array
 from cache_spec.topk import decode_gaps
 from cache_spec.validate import Problem
-from pipeline.capture import encode_blocks
+from pipeline.shard import encode_blocks
 from pipeline.teacher import load_teacher
 from pipeline.teacher_files import describe_teacher, resolve_teacher
 

@@ -21,9 +21,9 @@ from dask.distributed import Client, LocalCluster, as_completed, get_worker
 from cache_spec.errors import KdpipeError
 from cache_spec.manifest import Manifest
 from pipeline.blocks import StagedBlocks
-from pipeline.capture import capture_shard
 from pipeline.config import CaptureConfig
 from pipeline.failures import as_failure
+from pipeline.shard import capture_shard
 from pipeline.teacher import Teacher, load_teacher
 from pipeline.teacher_files import TeacherFiles
 

@@ -141,10 +141,8 @@ class _HeadLossFunction(torch.autograd.Function):
         needed = tuple(bool(n) and settings.wants_gradient for n in ctx.needs_input_grad[:3])
         computed = _run_chunks(hidden_ND, weight_VD, bias_V, targets, labels_N, kl_mask_N, settings, needed)
         ctx.save_for_backward(computed.grad_hidden_ND, computed.grad_weight_VD, computed.grad_bias_V)
-        ctx.unit, ctx.dtypes = (
-            _unit(settings),
-            (hidden_ND.dtype, weight_VD.dtype, bias_V.dtype if bias_V is not None else None),
-        )
+        ctx.unit = _unit(settings)
+        ctx.dtypes = tuple(None if part is None else part.dtype for part in (hidden_ND, weight_VD, bias_V))
         ctx.mark_non_differentiable(computed.kl_sum, computed.ce_sum)
         total = settings.kl_scale * computed.kl_sum + settings.ce_scale * computed.ce_sum
         return total, computed.kl_sum, computed.ce_sum

@@ -97,10 +97,10 @@ def test_a_stopped_capture_resumes_to_the_same_bytes(config: CaptureConfig, monk
         return real(cache, manifest, shard, rows)
 
     again = changed(config, out=config.out.with_name("again"))
-    monkeypatch.setattr("pipeline.capture.commit_shard", stops)
+    monkeypatch.setattr("pipeline.shard.commit_shard", stops)
     with pytest.raises(KeyboardInterrupt):
         capture(again)
-    monkeypatch.setattr("pipeline.capture.commit_shard", real)
+    monkeypatch.setattr("pipeline.shard.commit_shard", real)
     assert committed_shards(again.out, inspect_manifest(again)) == [0, 1]
     assert capture(again)["shards_captured_now"] == inspect_manifest(again).blocks.num_shards - 2
     assert contents(again.out) == contents(config.out)

@@ -277,7 +277,7 @@ def test_inspect_says_nothing_of_means_that_are_not_there(
     def full(*args: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pipeline.capture.commit_shard", full)
+    monkeypatch.setattr("pipeline.shard.commit_shard", full)
     flags = ["--teacher", teacher, "--text", text, "--out", tmp_path / "cache", *SMALL]
     assert kdpipe(capsys, "cache-teacher", *flags)[0] == 130
     code, out, err = kdpipe(capsys, "inspect", tmp_path / "cache", "--json")
@@ -306,7 +306,7 @@ def test_inspect_survives_a_loss_whose_exponential_overflows(
         rows["block_loss"][:] = loss
         return commit_shard(cache, manifest, shard, rows)
 
-    monkeypatch.setattr("pipeline.capture.commit_shard", lossy)
+    monkeypatch.setattr("pipeline.shard.commit_shard", lossy)
     flags = ["--teacher", teacher, "--text", text, "--out", tmp_path / "cache", *SMALL, "--json"]
     assert kdpipe(capsys, "cache-teacher", *flags)[0] == 0
     code, out, err = kdpipe(capsys, "inspect", tmp_path / "cache", "--json")
