@@ -1,6 +1,6 @@
 """The commands of ``kdpipe``: flags to settings, settings to a body that is imported only when it runs.
 
-In: checked settings from ``pipeline.cli``. Out: the body's result, printed for people or as one JSON object. This is
+In: checked settings from ``pipeline.settings``. Out: the body's result, printed for people or as one JSON object. This is
 the place where capture and training meet; the layers below do not know each other.
 """
 
@@ -12,8 +12,8 @@ from typing import Any
 import click
 
 from cache_spec.errors import EXIT_BAD_INPUT
-from pipeline.cli import emit, settings
 from pipeline.config import CaptureConfig
+from pipeline.settings import emit, settings
 from train.config import TrainConfig
 from train.evaluate_config import EvaluateConfig
 

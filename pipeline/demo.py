@@ -18,7 +18,8 @@ from typing import Any
 import click
 
 from cache_spec.errors import EXIT_INTERRUPTED, KdpipeError
-from pipeline import cli
+from pipeline.cli import run
+from pipeline.settings import build
 
 TEACHER = Path(__file__).parent / "demo_teacher"
 HELD_OUT_TOKENS = 16_384
@@ -58,7 +59,7 @@ def _kdpipe(arguments: list[str], quiet: bool) -> None:
     if not quiet:
         click.secho(f"\n$ kdpipe {_shown(arguments)}", bold=True)
     with contextlib.redirect_stdout(io.StringIO()) if quiet else contextlib.nullcontext():
-        code = cli.run([*arguments, "--json"] if quiet else arguments)
+        code = run([*arguments, "--json"] if quiet else arguments)
     if code == EXIT_INTERRUPTED:
         raise KeyboardInterrupt
     if code:
@@ -79,7 +80,7 @@ def _collect(cache: Path, held_out: Path, students: Path, quiet: bool) -> dict[s
 
     folders = {"teacher": TEACHER, **{name: students / name / "student" for name in STUDENTS}}
     flags = {"models": tuple(map(str, folders.values())), "cache": str(held_out)}
-    rows = evaluate_models(cli.build(EvaluateConfig, "evaluate", "demo", flags), quiet=quiet)
+    rows = evaluate_models(build(EvaluateConfig, "evaluate", "demo", flags), quiet=quiet)
     inspected = inspect_cache(cache)
     models = []
     for (name, folder), row in zip(folders.items(), rows, strict=True):

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from cache_spec.commit import commit_shard
-from pipeline import cli
+from pipeline import cli, settings
 from pipeline.config import CaptureConfig
 from tests.models import make_folder, write_words
 
@@ -76,7 +76,7 @@ def test_flags_go_on_top_of_a_recipe(tmp_path: Path, teacher: Path, text: Path) 
     recipe.write_text(
         f"cache-teacher:\n  teacher: {teacher}\n  text: [{text}]\n  out: cache\n  block-tokens: 64\n  k: 4\n"
     )
-    config = cli.build(CaptureConfig, "cache-teacher", str(recipe), {"k": "8", "temperatures": "1,1.5"})
+    config = settings.build(CaptureConfig, "cache-teacher", str(recipe), {"k": "8", "temperatures": "1,1.5"})
     assert (config.block_tokens, config.k, config.temperatures) == (64, 8, (1.0, 1.5))
 
 
@@ -86,13 +86,13 @@ def test_every_shipped_recipe_is_valid() -> None:
 
     models: dict[str, Any] = {"cache-teacher": CaptureConfig, "train-student": TrainConfig, "evaluate": EvaluateConfig}
     needed = {"teacher": "t", "text": ("x",), "out": "o", "cache": "c", "models": ("m",)}
-    recipes = sorted(cli.RECIPE_FOLDERS[1].glob("*.yaml"))
+    recipes = sorted(settings.RECIPE_FOLDERS[1].glob("*.yaml"))
     assert {p.stem for p in recipes} >= {"demo", "distilgpt2", "smollm2"}
     for path in recipes:
-        for section, values in cli.read_recipe(path.stem).items():
+        for section, values in settings.read_recipe(path.stem).items():
             model = models[section]
             missing = {k: v for k, v in needed.items() if k in model.model_fields and k not in values}
-            cli.build(model, section, path.stem, missing)
+            settings.build(model, section, path.stem, missing)
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ def test_wrong_usage_exits_with_2(capsys: pytest.CaptureFixture[str], arguments:
 def test_home_is_expanded_and_one_text_needs_no_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "recipe.yaml").write_text("cache-teacher: {text: ~/text.txt, out: ~/cache}")
-    config = cli.build(CaptureConfig, "cache-teacher", str(tmp_path / "recipe.yaml"), {"teacher": "t"})
+    config = settings.build(CaptureConfig, "cache-teacher", str(tmp_path / "recipe.yaml"), {"teacher": "t"})
     assert (config.text, config.out) == ((str(tmp_path / "text.txt"),), tmp_path / "cache")
 
 
@@ -371,7 +371,7 @@ def test_help_imports_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert all(command in done.stdout for command in cli.COMMANDS)
+    assert all(command in done.stdout for command in settings.COMMANDS)
 
 
 def test_help_of_a_command_shows_every_setting_with_its_meaning(capsys: pytest.CaptureFixture[str]) -> None:

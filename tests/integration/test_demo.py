@@ -7,18 +7,18 @@ from typing import Any
 
 import pytest
 
-from pipeline import cli, demo
+from pipeline import demo, settings
 
 
 def test_the_demo_runs_resumes_and_tells_who_won(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = cli.read_recipe
+    real = settings.read_recipe
 
     def less(name: str) -> dict[str, dict[str, Any]]:
         sections = real(name)
         sections["cache-teacher"] |= {"limit_tokens": 4096, "shard_blocks": 16}
         return sections
 
-    monkeypatch.setattr(cli, "read_recipe", less)
+    monkeypatch.setattr(settings, "read_recipe", less)
     monkeypatch.setattr(demo, "HELD_OUT_TOKENS", 1024)
     facts, lines = demo.run_demo(tmp_path, quiet=True)
     models = {model["name"]: model for model in facts["models"]}

@@ -1,0 +1,151 @@
+"""Settings of commands: one pydantic model gives the flags, the recipe keys, their help and their checks.
+
+In: a recipe (YAML) and flags. Out: one checked object, or an error that names the key or the flag.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import types
+import typing
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from cache_spec.errors import BadInputError
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+# Help lines stand here so that ``kdpipe --help`` imports no command.
+COMMANDS = {
+    "demo": "Run the whole pipeline offline on an embedded teacher and text.",
+    "cache-teacher": "Run a teacher once over text and keep what students need.",
+    "verify": "Report every problem of a cache.",
+    "inspect": "Show what is in a cache and what it costs.",
+    "train-student": "Train a student from a cache, without the teacher.",
+    "evaluate": "Measure models on text and against a cache.",
+}
+RECIPE_FOLDERS = (Path(__file__).parent / "recipes", Path(__file__).parent.parent / "recipes")
+
+
+Config = TypeVar("Config", bound="BaseModel")
+
+
+def settings(model: type[Config], section: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Add one flag per field of ``model`` to a command, plus ``--config``, and pass it the checked object.
+
+    Values come from the recipe's ``section``, then from flags. The command's body gets it as ``config``.
+    """
+
+    def decorate(body: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(recipe: str | None, **given: Any) -> Any:
+            own = {key: given.pop(key) for key in list(given) if key not in model.model_fields}
+            flags = {key: value for key, value in given.items() if value is not None and value != ()}
+            return body(config=build(model, section, recipe, flags), **own)
+
+        wrapped.__doc__ = body.__doc__
+        wrapped.__name__ = body.__name__
+        wrapped.__click_params__ = list(getattr(body, "__click_params__", []))  # type: ignore[attr-defined]
+        for name in reversed(model.model_fields):
+            wrapped = _option(model, name)(wrapped)
+        help_text = "Recipe (YAML); flags go on top. A file, or the name of a shipped recipe."
+        return click.option("--config", "recipe", metavar="RECIPE", help=help_text)(wrapped)
+
+    return decorate
+
+
+def build(model: type[Config], section: str, recipe: str | None, flags: dict[str, Any]) -> Config:
+    """The checked settings of one command: a recipe's section with flags on top."""
+    from pydantic import ValidationError
+
+    values = read_recipe(recipe).get(section, {}) if recipe else {}
+    known = list(model.model_fields)
+    for key in values:
+        if key not in known:
+            raise BadInputError("unknown-key", f"{recipe}: {section}: {key}", expected="one of " + ", ".join(known))
+    try:
+        return model.model_validate({**values, **{key: _parse(model, key, value) for key, value in flags.items()}})
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0]) if first["loc"] else ""
+        message = "is required" if first["type"] == "missing" else first["msg"].removeprefix("Value error, ")
+        if recipe and (name in values or not name) and name not in flags:
+            place = f"{recipe}: {section}" + (f": {name}" if name else "")
+            raise BadInputError("bad-recipe", place, found=message) from None
+        flag = f"--{name.replace('_', '-')}: " if name else ""
+        raise click.UsageError(f"{flag}{message}") from None
+
+
+def read_recipe(name: str) -> dict[str, dict[str, Any]]:
+    """The sections of a recipe file, or of a shipped recipe by its name; keys may use ``-`` or ``_``."""
+    import yaml
+
+    candidates = [Path(name), *(folder / f"{name}.yaml" for folder in RECIPE_FOLDERS)]
+    path = next((p for p in candidates if os.path.isfile(p)), None)  # a name too long for a file is none
+    if path is None:
+        shipped = sorted({p.stem for folder in RECIPE_FOLDERS for p in folder.glob("*.yaml")})
+        raise BadInputError("unknown-recipe", name, expected="a YAML file or one of " + ", ".join(shipped))
+    try:
+        body = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError, RecursionError, OSError) as error:
+        raise BadInputError("bad-recipe", path, found=error) from None
+    if not isinstance(body, dict) or not all(isinstance(part, dict) for part in body.values()):
+        raise BadInputError("bad-recipe", path, expected="one mapping per command")
+    for section in body:
+        if section not in COMMANDS:
+            raise BadInputError("unknown-key", f"{path}: {section}", expected="one of " + ", ".join(COMMANDS))
+    return {section: {str(key).replace("-", "_"): v for key, v in part.items()} for section, part in body.items()}
+
+
+def _option(model: type[BaseModel], name: str) -> Callable[..., Any]:
+    field = model.model_fields[name]
+    flag = "--" + name.replace("_", "-")
+    help_text = field.description or ""
+    if not field.is_required() and field.default not in (None, ()):
+        default = field.default
+        shown = ",".join(str(part) for part in default) if isinstance(default, tuple) else default
+        help_text += f"  [default: {shown}]"
+    kind = _inner(field.annotation)
+    if kind is bool:
+        return click.option(f"{flag}/--no-{flag[2:]}", name, default=None, help=help_text)
+    if typing.get_origin(kind) is typing.Literal:
+        return click.option(flag, name, type=click.Choice([str(c) for c in typing.get_args(kind)]), help=help_text)
+    if typing.get_origin(kind) is tuple and typing.get_args(kind)[0] in (str, Path):
+        return click.option(flag, name, multiple=True, help=help_text, metavar="TEXT")
+    metavar = {int: "N", float: "X", str: "TEXT", Path: "PATH"}.get(kind, "N,N,..." if _is_tuple(kind) else "JSON")
+    return click.option(flag, name, metavar=metavar, help=help_text)
+
+
+def _inner(annotation: Any) -> Any:
+    """``X`` of ``X | None``; anything else as it is."""
+    if typing.get_origin(annotation) in (types.UnionType, typing.Union):
+        return next(part for part in typing.get_args(annotation) if part is not type(None))
+    return annotation
+
+
+def _is_tuple(kind: Any) -> bool:
+    return typing.get_origin(kind) is tuple
+
+
+def _parse(model: type[BaseModel], name: str, value: Any) -> Any:
+    """Flags arrive as text: lists are split at commas and mappings read as JSON; pydantic does the rest."""
+    kind = _inner(model.model_fields[name].annotation)
+    if not isinstance(value, str):
+        return value
+    if _is_tuple(kind):
+        return [part for part in value.split(",") if part]
+    if typing.get_origin(kind) is dict:
+        try:
+            return json.loads(value)
+        except ValueError as error:
+            raise click.UsageError(f"--{name.replace('_', '-')}: not JSON: {error}") from None
+    return value
+
+
+def emit(as_json: bool, result: dict[str, Any], lines: Iterable[str]) -> None:
+    """Print a command's result: one JSON object for machines, or lines for people."""
+    click.echo(json.dumps(result, indent=2) if as_json else "\n".join(lines))
