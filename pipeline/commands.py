@@ -1,7 +1,7 @@
 """The commands of ``kdpipe``: flags to settings, settings to a body that is imported only when it runs.
 
-In: checked settings from ``pipeline.settings``. Out: the body's result, printed for people or as one JSON object. This is
-the place where capture and training meet; the layers below do not know each other.
+In: checked settings from ``pipeline.settings``. Out: the body's result, printed for people or as one JSON object. This
+is the place where capture and training meet; the layers below do not know each other.
 """
 
 from __future__ import annotations
