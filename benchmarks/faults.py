@@ -49,7 +49,9 @@ def kill_campaign(folder: Path, kills: int, tokens: int, workers: int, rng: rand
     shards_at_kill = []
     while counts["kills"] < kills:
         out = folder / "killed"
-        process = subprocess.Popen(capture_command(out, tokens, workers), stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            capture_command(out, tokens, workers), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         try:
             process.wait(timeout=rng.uniform(0, seconds))
             counts["finished_before_the_kill"] += 1
