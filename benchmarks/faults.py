@@ -21,8 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from cache_spec.validate import verify_cache
-
-TEACHER = Path(__file__).parent.parent / "pipeline" / "demo_teacher"
+from pipeline.demo import TEACHER
 
 
 def capture_command(out: Path, tokens: int, workers: int) -> list[str]:

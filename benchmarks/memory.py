@@ -13,9 +13,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from pipeline.demo import TEACHER
 from pipeline.demo_text import python_docs
-
-TEACHER = Path(__file__).parent.parent / "pipeline" / "demo_teacher"
 
 
 def write_corpus(path: Path, num_chars: int, times: int) -> None:

@@ -88,17 +88,24 @@ def small_file_errors(cache: Path, manifest: Manifest) -> Iterator[CacheError]:
             yield CacheError("file-mismatch", path, expected=expected, found=digest)
 
 
-def read_receipt(cache: Path, manifest: Manifest, shard: int) -> Receipt | None:
-    """The receipt of a shard, checked against the manifest; None if there is none."""
-    path = receipt_path(cache, shard)
+def _read_sealed(path: Path) -> str | None:
+    """The body of a sealed JSON file as JSON again; None if there is no file, CacheError if it cannot be read."""
     try:
-        data = path.read_bytes()
+        return json.dumps(load_sealed(path.read_bytes(), path))
     except FileNotFoundError:
         return None
     except OSError as error:
         raise CacheError("broken-json", path, found=error.strerror) from None
+
+
+def read_receipt(cache: Path, manifest: Manifest, shard: int) -> Receipt | None:
+    """The receipt of a shard, checked against the manifest; None if there is none."""
+    path = receipt_path(cache, shard)
+    body = _read_sealed(path)
+    if body is None:
+        return None
     try:
-        receipt = Receipt.model_validate_json(json.dumps(load_sealed(data, path)))
+        receipt = Receipt.model_validate_json(body)
     except ValidationError as error:
         raise CacheError("bad-receipt", path, found=error.errors()[0]["msg"]) from None
     first_block, num_blocks = manifest.blocks.shard_range(shard)
@@ -119,14 +126,11 @@ def write_seal(cache: Path, manifest: Manifest) -> None:
 def read_seal(cache: Path, manifest: Manifest) -> Seal | None:
     """The seal of a finished cache, checked against the manifest; None if the cache is not finished."""
     path = cache / SEAL_NAME
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
+    body = _read_sealed(path)
+    if body is None:
         return None
-    except OSError as error:
-        raise CacheError("broken-json", path, found=error.strerror) from None
     try:
-        seal = Seal.model_validate_json(json.dumps(load_sealed(data, path)))
+        seal = Seal.model_validate_json(body)
     except ValidationError as error:
         raise CacheError("bad-seal", path, found=error.errors()[0]["msg"]) from None
     if (seal.fingerprint, seal.num_shards) != (manifest.fingerprint, manifest.blocks.num_shards):
