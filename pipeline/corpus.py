@@ -20,8 +20,8 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, cast
 
 from cache_spec.errors import BadInputError
+from cache_spec.failures import first_line
 from cache_spec.manifest import SourceInfo
-from pipeline.failures import first_line
 from pipeline.textfiles import READERS, Record, file_info, reader_of, text_of
 
 if TYPE_CHECKING:

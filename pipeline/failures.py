@@ -8,21 +8,7 @@ from __future__ import annotations
 import errno
 
 from cache_spec.errors import BadInputError, KdpipeError
-
-_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an exception's message, at most 300 characters, or its type where there is no message."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out; torch says so in a RuntimeError, and is known by its words so as not to be imported."""
-    if isinstance(error, MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _OUT_OF_MEMORY)
+from cache_spec.failures import first_line, is_out_of_memory
 
 
 def as_failure(error: BaseException, place: object) -> KdpipeError | None:

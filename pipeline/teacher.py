@@ -17,8 +17,8 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
 from cache_spec.errors import BadInputError
+from cache_spec.failures import first_line, is_out_of_memory
 from cache_spec.manifest import TeacherInfo, TokenizerInfo
-from pipeline.failures import first_line, is_out_of_memory
 from pipeline.teacher_files import (
     TeacherFiles,
     describe_model,

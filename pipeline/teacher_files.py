@@ -25,8 +25,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from cache_spec.errors import BadInputError
+from cache_spec.failures import first_line
 from cache_spec.manifest import TeacherInfo, TokenizerInfo, canonical_json, sha256_hex
-from pipeline.failures import first_line
 
 _HUB_PATTERNS = ["model*.safetensors", "*.json", "*.model", "*.txt", "*.tiktoken", "*.jinja"]
 _UNSAFE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}

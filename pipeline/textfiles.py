@@ -18,8 +18,8 @@ from pathlib import Path, PurePath
 from typing import IO
 
 from cache_spec.errors import BadInputError
+from cache_spec.failures import first_line
 from cache_spec.manifest import SourceInfo
-from pipeline.failures import first_line
 
 READ_BYTES = 1 << 16
 CODECS = {".gz": "gzip", ".zst": "zstd"}

@@ -8,11 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-
 from cache_spec.errors import KdpipeError
+from cache_spec.failures import first_line, is_out_of_memory
 
-_SAID = ("out of memory", "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
 TRAINING_HINT = "a smaller --chunk-rows helps here; fewer --batch-blocks with more --accumulate is another run"
 
 
@@ -23,19 +21,9 @@ def out_of_memory_at(place: object, hint: str = TRAINING_HINT) -> Iterator[None]
         yield
     except Exception as error:
         cause: BaseException | None = error
-        while cause is not None and not _is_out_of_memory(cause):
+        while cause is not None and not is_out_of_memory(cause):
             # Whoever takes every failure of a library for a user's fault has this one in its context.
             cause = cause.__context__
         if cause is None:
             raise
-        raise KdpipeError("out-of-memory", place, found=_first_line(cause), hint=hint) from None
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(said in str(error) for said in _SAID)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+        raise KdpipeError("out-of-memory", place, found=first_line(cause), hint=hint) from None

@@ -24,10 +24,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from cache_spec.durable import TEMPORARY_PREFIX, make_folder, replace_file, writing
 from cache_spec.errors import BadInputError, WouldLoseDataError
+from cache_spec.failures import first_line
 from train.checkpoint import CheckpointError
 from train.export import sync_files
 from train.student import quiet_transformers
-from train.student_config import first_line
 
 RUN_NAME = "run.json"
 RESULT_NAME = "result.json"

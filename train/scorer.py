@@ -23,13 +23,14 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from cache_spec.errors import BadInputError
+from cache_spec.failures import first_line
 from cache_spec.manifest import Manifest
 from cache_spec.reader import CacheReader
 from train.distiller import CHUNK_BYTES, check_student_head, last_hidden_state, output_head
 from train.evaluate_config import EvaluateConfig
 from train.losses import NO_LABEL, SparseTargets
 from train.student import check_same_vocabulary
-from train.student_config import first_line, load_config
+from train.student_config import load_config
 from train.teacher_layers import WEIGHT_PATTERNS, refuse_incomplete
 from train.text import TOKENIZER_PATTERNS, TokenisedText, open_tokenizer, tokenise
 

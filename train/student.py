@@ -20,8 +20,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.utils import logging as transformers_logging
 
 from cache_spec.errors import BadInputError
+from cache_spec.failures import first_line
 from cache_spec.manifest import Manifest
-from train.student_config import config_key, first_line, layers_config, load_config, refuse_not_causal, student_config
+from train.student_config import config_key, layers_config, load_config, refuse_not_causal, student_config
 from train.teacher_layers import (
     WEIGHT_PATTERNS,
     check_same_teacher,

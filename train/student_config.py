@@ -14,6 +14,7 @@ import transformers
 from transformers import AutoConfig, PreTrainedConfig
 
 from cache_spec.errors import BadInputError
+from cache_spec.failures import first_line
 
 # Facts about a checkpoint that a config file may carry, and that say nothing about the shape of a model.
 _NOT_SHAPE = ("_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype", "quantization_config")
@@ -144,10 +145,3 @@ def _config_of(config_class: type[PreTrainedConfig], values: dict[str, Any]) -> 
         raise BadInputError("bad-student-config", config_class.model_type, found=first_line(error)) from None
     refuse_not_causal(config)
     return config
-
-
-def first_line(error: BaseException) -> str:
-    """What an exception of another library says, in one short line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    # Strict dataclasses put the reason on the second line, below the validator's name.
-    return (lines[1] if len(lines) > 1 and lines[0].endswith(":") else lines[0])[:300]

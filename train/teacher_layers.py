@@ -19,8 +19,9 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from cache_spec.errors import BadInputError
+from cache_spec.failures import first_line
 from cache_spec.manifest import TeacherInfo
-from train.student_config import first_line, load_config
+from train.student_config import load_config
 
 WEIGHT_PATTERNS = ["model*.safetensors", "*.safetensors.index.json", "config.json"]
 _IDENTITY_FIELDS = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")

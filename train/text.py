@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from cache_spec.errors import BadInputError
-from train.student_config import first_line
+from cache_spec.failures import first_line
 
 Ids = NDArray[np.int64]
 
