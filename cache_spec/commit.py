@@ -17,7 +17,9 @@ from cache_spec.durable import make_folder, publish_new, replace_file, sync_fold
 from cache_spec.layout import array_specs, zarr_metadata
 from cache_spec.manifest import MANIFEST_NAME, Manifest, seal_json, sha256_hex
 from cache_spec.receipts import RECEIPTS_FOLDER, FileReceipt, Receipt, read_receipt, receipt_path
-from cache_spec.shardfile import Array, encode_shard
+from cache_spec.shardfile import encode_shard
+from cache_spec.tables import table_digests, write_tables
+from cache_spec.targets import Array
 
 PUBLISH_LOCK = ".publish.lock"
 
@@ -27,11 +29,14 @@ def tokens_digest(input_ids: Array) -> str:
     return hashlib.sha256(np.ascontiguousarray(input_ids, dtype="<u4").tobytes()).hexdigest()
 
 
-def create_cache(cache: Path, manifest: Manifest) -> Manifest:
-    """Write the array metadata, then the manifest with the digest of each small file; returns that manifest.
+def create_cache(cache: Path, manifest: Manifest, tables: Mapping[str, Array] | None = None) -> Manifest:
+    """Write the array metadata and tables, then the manifest with the digest of each; returns that manifest.
 
-    ``manifest.files`` names small files that lie in the folder already (tokenizer, teacher configuration).
+    ``manifest.files`` names small files that lie in the folder already (tokenizer, teacher configuration);
+    ``tables`` holds the values of what the encoding stores once.
     """
+    tables = tables or {}
+    manifest = manifest.model_copy(update={"tables": table_digests(tables)})
     metadata = zarr_metadata(manifest)
     digests = {path: sha256_hex(data) for path, data in metadata.items()}
     manifest = manifest.model_copy(update={"files": {**manifest.files, **digests}})
@@ -39,6 +44,7 @@ def create_cache(cache: Path, manifest: Manifest) -> Manifest:
     for path, data in metadata.items():
         make_folder((cache / path).parent)
         replace_file(cache / path, data)
+    write_tables(cache, manifest, tables)
     replace_file(cache / MANIFEST_NAME, manifest.to_json())
     return manifest
 

@@ -11,7 +11,7 @@ import asyncio
 import math
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import zarr
@@ -21,21 +21,13 @@ from zarr.storage import MemoryStore
 
 from cache_spec.errors import CacheError
 from cache_spec.manifest import Manifest
+from cache_spec.targets import Compressor, Shuffle, TablePart
 
-ARRAY_NAMES = (
-    "input_ids",
-    "block_lengths",
-    "head_ids",
-    "head_gaps",
-    "log_normaliser",
-    "log_tail_mass",
-    "hidden",
-    "block_loss",
-    "block_entropy",
-)
-"""Every array that a cache of this version may hold."""
 BLOSC_LEVEL = 3
 MAX_CHUNK_BYTES = 1 << 30
+TABLE_CHUNK_BYTES = 1 << 24
+MAX_TABLE_BYTES = 1 << 36
+_CHUNK_KEYS: Any = {"name": "default", "separator": "."}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +44,9 @@ class ArraySpec:
     shard_blocks: int
     chunk_blocks: int
     """Blocks in an inner chunk: 1, or the whole shard for arrays of one number a block."""
-    shuffle: Literal["noshuffle", "shuffle", "bitshuffle"]
-    """Blosc filter: ``noshuffle``, ``shuffle`` or ``bitshuffle``."""
+    shuffle: Shuffle
+    """Blosc filter."""
+    compressor: Compressor
     attributes: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -76,12 +69,17 @@ class ArraySpec:
 
 def array_specs(manifest: Manifest) -> dict[str, ArraySpec]:
     """Every array of the cache that ``manifest`` describes, by name; CacheError for a chunk beyond any memory."""
-    blocks, encoding = manifest.blocks, manifest.encoding
-    tokens, num_temperatures = blocks.block_tokens, len(manifest.temperatures)
+    blocks, hidden = manifest.blocks, manifest.hidden
     specs: dict[str, ArraySpec] = {}
 
     def add(
-        name: str, dims: tuple[str, ...], row_shape: tuple[int, ...], dtype: Any, shuffle: Any, **attributes: Any
+        name: str,
+        dims: tuple[str, ...],
+        row_shape: tuple[int, ...],
+        dtype: Any,
+        shuffle: Shuffle,
+        compressor: Compressor = "zstd",
+        **attributes: Any,
     ) -> None:
         specs[name] = ArraySpec(
             name=name,
@@ -92,76 +90,49 @@ def array_specs(manifest: Manifest) -> dict[str, ArraySpec]:
             shard_blocks=blocks.shard_blocks,
             chunk_blocks=1 if row_shape else blocks.shard_blocks,
             shuffle=shuffle,
+            compressor=compressor,
             attributes=attributes,
         )
 
     add(
         "input_ids",
         ("token",),
-        (tokens,),
-        manifest.id_dtype,
+        (blocks.block_tokens,),
+        manifest.geometry.id_dtype,
         "bitshuffle",
+        "lz4",
         description="token ids of the block",
     )
     add("block_lengths", (), (), np.uint32, "shuffle", description="real tokens in the block; the rest is padding")
-    add(
-        "head_ids",
-        ("token", "rank"),
-        (tokens, encoding.k),
-        manifest.id_dtype,
-        "noshuffle",
-        description="ids of the K most probable next tokens, most probable first",
-    )
-    add(
-        "head_gaps",
-        ("rank", "token"),
-        (encoding.k, tokens),
-        np.uint16,
-        "bitshuffle",
-        description="log-probability at temperature 1 is -step * cumulative sum along rank",
-        step=encoding.step_nats,
-        error_bound=encoding.step_nats / 2,
-        units="nat",
-    )
-    add(
-        "log_normaliser",
-        ("temperature", "token"),
-        (num_temperatures, tokens),
-        np.float32,
-        "bitshuffle",
-        description="logsumexp(logprob / temperature) over the vocabulary",
-        temperatures=list(manifest.temperatures),
-        units="nat",
-    )
-    add(
-        "log_tail_mass",
-        ("temperature", "token"),
-        (num_temperatures, tokens),
-        np.float16,
-        "bitshuffle",
-        description="log of the probability outside the head at each temperature; -inf for none",
-        temperatures=list(manifest.temperatures),
-        units="nat",
-    )
-    if manifest.hidden is not None:
+    for part in manifest.encoding.arrays(manifest.geometry):
+        add(part.name, part.dims, part.row_shape, part.dtype, part.shuffle, part.compressor, **part.attributes)
+    if hidden is not None:
+        width = manifest.teacher.hidden_size
         add(
             "hidden",
             ("window", "width"),
-            (manifest.num_windows, manifest.teacher.hidden_size),
-            np.float16,
+            (manifest.num_windows, width),
+            np.float16 if hidden.dtype == "float16" else np.int8,
             "shuffle",
-            description="last hidden state after the final norm, mean over each window's real tokens",
-            window=manifest.hidden.window,
+            description="last hidden state after the final norm, mean over each window's real tokens"
+            + ("" if hidden.dtype == "float16" else "; times hidden_scale"),
+            window=hidden.window,
         )
+        if hidden.dtype == "int8":
+            add("hidden_scale", ("width",), (width,), np.float32, "bitshuffle", description="of hidden in this block")
     add("block_loss", (), (), np.float32, "shuffle", description="teacher's mean next-token loss", units="nat")
     add("block_entropy", (), (), np.float32, "shuffle", description="teacher's mean entropy", units="nat")
-    assert set(specs) <= set(ARRAY_NAMES)
     for spec in specs.values():
         if spec.chunk_bytes > MAX_CHUNK_BYTES:
             raise CacheError(
                 "bad-chunk", spec.name, expected=f"chunks of at most {MAX_CHUNK_BYTES} bytes", found=spec.chunk_bytes
             )
     return specs
+
+
+def target_arrays(manifest: Manifest) -> list[str]:
+    """Names of the arrays that hold the targets: what an encoding costs."""
+    return [part.name for part in manifest.encoding.arrays(manifest.geometry)]
 
 
 def zarr_metadata(manifest: Manifest) -> dict[str, bytes]:
@@ -177,12 +148,54 @@ def zarr_metadata(manifest: Manifest) -> dict[str, bytes]:
             chunks=(spec.chunk_blocks, *spec.row_shape),
             shards=(spec.shard_blocks, *spec.row_shape),
             filters=None,
-            compressors=(BloscCodec(cname="zstd", clevel=BLOSC_LEVEL, shuffle=spec.shuffle), Crc32cCodec()),
+            compressors=_compressors(spec.compressor, spec.shuffle),
             fill_value=0,
-            chunk_key_encoding={"name": "default", "separator": "."},
+            chunk_key_encoding=_CHUNK_KEYS,
             dimension_names=spec.dims,
             attributes=spec.attributes,
         )
+    for table in manifest.encoding.tables(manifest.geometry):
+        create_table(store, table)
+    return store_contents(store)
+
+
+def table_chunks(table: TablePart) -> tuple[int, ...]:
+    """Shape of a table's chunks, whole rows of its last two axes; CacheError for a table beyond any memory."""
+    *outer, width = table.shape
+    itemsize = np.dtype(table.dtype).itemsize
+    rows = [min(outer[-1], max(1, TABLE_CHUNK_BYTES // (width * itemsize)))] if outer else []
+    chunks = (*[1] * (len(outer) - 1), *rows, width)
+    for shape, limit in ((chunks, MAX_CHUNK_BYTES), (table.shape, MAX_TABLE_BYTES)):
+        if math.prod(shape) * itemsize > limit:
+            expected = f"at most {limit} bytes in {'a chunk' if shape is chunks else 'a table'}"
+            raise CacheError("bad-chunk", table.name, expected=expected, found=math.prod(shape) * itemsize)
+    return chunks
+
+
+def create_table(store: MemoryStore, table: TablePart) -> Any:
+    """A table's empty Zarr array, unsharded; CacheError ``bad-chunk`` for one beyond any memory."""
+    return zarr.create_array(
+        store,
+        name=table.name,
+        shape=table.shape,
+        dtype=np.dtype(table.dtype).newbyteorder("<"),
+        chunks=table_chunks(table),
+        filters=None,
+        compressors=_compressors("zstd", "shuffle"),
+        fill_value=0,
+        chunk_key_encoding=_CHUNK_KEYS,
+        dimension_names=table.dims,
+        attributes=table.attributes,
+        config={"write_empty_chunks": True},
+    )
+
+
+def _compressors(compressor: Compressor, shuffle: Shuffle) -> tuple[BloscCodec, Crc32cCodec]:
+    return BloscCodec(cname=compressor, clevel=BLOSC_LEVEL, shuffle=shuffle), Crc32cCodec()
+
+
+def store_contents(store: MemoryStore) -> dict[str, bytes]:
+    """Path to content of everything in a memory store."""
 
     async def contents() -> dict[str, bytes]:
         found: dict[str, bytes] = {}

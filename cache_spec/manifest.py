@@ -9,15 +9,18 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
+from cache_spec.encodings import Encoding
 from cache_spec.errors import BadInputError, CacheError
+from cache_spec.record import Record
+from cache_spec.targets import Geometry
 
 FORMAT = "kdpipe-cache"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 
 # A teacher is its weights, wherever they lie; small files may differ between library versions; neither changes arrays.
@@ -36,11 +39,7 @@ def sha256_hex(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
-
-
-class TeacherInfo(_Record):
+class TeacherInfo(Record):
     """Which model the targets come from."""
 
     name: str
@@ -63,7 +62,7 @@ class TeacherInfo(_Record):
     """Longest block the teacher can read; None where it has no limit."""
 
 
-class TokenizerInfo(_Record):
+class TokenizerInfo(Record):
     """Which tokenizer turned text into ids."""
 
     sha256: str = Sha256
@@ -72,7 +71,7 @@ class TokenizerInfo(_Record):
     """The token that ends each document."""
 
 
-class SourceInfo(_Record):
+class SourceInfo(Record):
     """One file or data set of the corpus."""
 
     name: str
@@ -80,7 +79,7 @@ class SourceInfo(_Record):
     sha256: str = Sha256
 
 
-class CorpusInfo(_Record):
+class CorpusInfo(Record):
     """The text, by its sources and by the tokens that came of it."""
 
     sources: tuple[SourceInfo, ...]
@@ -92,7 +91,7 @@ class CorpusInfo(_Record):
     """Digest of every id of every block as little-endian uint32."""
 
 
-class BlocksInfo(_Record):
+class BlocksInfo(Record):
     """How tokens are cut into blocks and blocks into shards."""
 
     num_blocks: int = Field(ge=1)
@@ -116,24 +115,16 @@ class BlocksInfo(_Record):
         return first, min(self.shard_blocks, self.num_blocks - first)
 
 
-class EncodingInfo(_Record):
-    """Which target encoding the cache holds, with its parameters."""
-
-    name: Literal["topk"]
-    k: int = Field(ge=1)
-    """K: tokens kept in each head."""
-    step_nats: float = Field(gt=0, le=1)
-    """Quantisation step of head log-probabilities; the error is at most half of it."""
-
-
-class HiddenInfo(_Record):
+class HiddenInfo(Record):
     """How last hidden states are pooled."""
 
     window: int = Field(ge=1)
     """w: tokens averaged into one stored vector; 1 keeps each."""
+    dtype: Literal["float16", "int8"]
+    """float16, or int8 with one scale for each dimension of a block."""
 
 
-class ComputeInfo(_Record):
+class ComputeInfo(Record):
     """How the teacher ran, as far as it changes low bits of the result."""
 
     device_type: str
@@ -141,19 +132,21 @@ class ComputeInfo(_Record):
     batch_blocks: int = Field(ge=1)
 
 
-class Manifest(_Record):
+class Manifest(Record):
     """Everything about a cache but its arrays."""
 
     format: Literal["kdpipe-cache"] = "kdpipe-cache"
-    format_version: Literal[1] = 1
+    format_version: Literal[2] = 2
     teacher: TeacherInfo
     tokenizer: TokenizerInfo
     corpus: CorpusInfo
     blocks: BlocksInfo
-    encoding: EncodingInfo
+    encoding: Encoding
     temperatures: tuple[float, ...]
     hidden: HiddenInfo | None
     compute: ComputeInfo
+    tables: dict[str, Annotated[str, Sha256]]
+    """Name to SHA-256 of the values of each array that the encoding stores once: little-endian, in C order."""
     files: dict[str, str]
     """Path to SHA-256 of each small file beside the shards: array metadata, tokenizer, teacher configuration."""
     provenance: dict[str, str]
@@ -164,8 +157,8 @@ class Manifest(_Record):
         teacher, blocks = self.teacher, self.blocks
         if teacher.padded_vocab_size < teacher.vocab_size:
             raise ValueError("padded_vocab_size is below vocab_size")
-        if self.encoding.k > teacher.vocab_size:
-            raise ValueError("encoding.k is above the vocabulary")
+        if reason := self.encoding.refuse(self.geometry):
+            raise ValueError(f"encoding: {reason}")
         if self.tokenizer.eos_token_id >= teacher.vocab_size:
             raise ValueError("eos_token_id is outside the vocabulary")
         if not self.temperatures or list(self.temperatures) != sorted(set(self.temperatures)):
@@ -176,7 +169,14 @@ class Manifest(_Record):
             raise ValueError("hidden.window does not divide block_tokens")
         if self.corpus.num_tokens > blocks.num_blocks * blocks.block_tokens:
             raise ValueError("corpus.num_tokens is above what the blocks hold")
+        if set(self.tables) != {table.name for table in self.encoding.tables(self.geometry)}:
+            raise ValueError("tables are not those of the encoding")
         return self
+
+    @property
+    def geometry(self) -> Geometry:
+        """What the encoding's shapes follow from."""
+        return Geometry(self.blocks.block_tokens, self.temperatures, self.teacher.vocab_size, self.teacher.hidden_size)
 
     @property
     def fingerprint(self) -> str:
@@ -194,7 +194,9 @@ class Manifest(_Record):
         return self.blocks.block_tokens // self.hidden.window if self.hidden else 0
 
     def temperature_index(self, temperature: float) -> int:
-        """Position of ``temperature`` in the declared grid; refuses any other temperature."""
+        """Position of ``temperature`` in the declared grid; refuses any other, unless the encoding serves all (0)."""
+        if self.encoding.any_temperature and 0 < temperature < float("inf"):
+            return 0
         if temperature not in self.temperatures:
             raise BadInputError(
                 "undeclared-temperature",

@@ -76,7 +76,8 @@ def small_file_errors(cache: Path, manifest: Manifest) -> Iterator[CacheError]:
     """What is wrong with the small files that the manifest lists: array metadata, tokenizer, teacher configuration."""
     for name, expected in sorted(manifest.files.items()):
         path, parts = cache / name, PurePosixPath(name)
-        if parts.is_absolute() or ".." in parts.parts or "\\" in name or path.is_symlink():
+        linked = path.is_symlink() or any((cache / above).is_symlink() for above in list(parts.parents)[:-1])
+        if parts.is_absolute() or ".." in parts.parts or "\\" in name or linked:
             yield CacheError("unsafe-path", name, expected="a plain file inside the cache")
             continue
         try:

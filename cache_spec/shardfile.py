@@ -8,7 +8,6 @@ uint64, then its crc32c). zarr-python reads these files; this module does the sa
 from __future__ import annotations
 
 import struct
-from typing import Any
 
 import google_crc32c
 import numpy as np
@@ -16,13 +15,15 @@ from numcodecs import blosc
 
 from cache_spec.errors import CacheError
 from cache_spec.layout import BLOSC_LEVEL, MAX_CHUNK_BYTES, ArraySpec
+from cache_spec.targets import Array
 
 _SHUFFLES = {"noshuffle": blosc.NOSHUFFLE, "shuffle": blosc.SHUFFLE, "bitshuffle": blosc.BITSHUFFLE}
 _EMPTY = (1 << 64) - 1
 _CRC_BYTES = 4
 _BLOSC_HEADER_BYTES = 16
-
-Array = np.ndarray[Any, np.dtype[Any]]
+_BLOSC_SIZES = struct.Struct("<III")
+# What CRC-32C makes of any data followed by its own CRC-32C: checking needs no copy of the data without it.
+_CRC_OF_CHECKED = 0x48674BC7
 
 
 def index_bytes(spec: ArraySpec) -> int:
@@ -45,7 +46,7 @@ def encode_shard(spec: ArraySpec, rows: Array) -> bytes:
             chunk = np.concatenate([chunk, padding])
         packed = blosc.compress(
             np.ascontiguousarray(chunk).reshape(-1).view(np.uint8),
-            b"zstd",
+            spec.compressor.encode(),
             BLOSC_LEVEL,
             _SHUFFLES[spec.shuffle],
             typesize=spec.dtype.itemsize,
@@ -81,22 +82,24 @@ def decode_index(spec: ArraySpec, data: bytes, file_bytes: int, num_rows: int, p
 
 
 def decode_chunk(spec: ArraySpec, data: bytes, out: Array, place: object) -> None:
-    """Check one inner chunk and decompress it straight into ``out``, shape [chunk_blocks, *row_shape]."""
-    body, checksum = data[:-_CRC_BYTES], data[-_CRC_BYTES:]
-    if _crc(body) != checksum:
+    """Check one inner chunk and decompress it straight into ``out``, shape [chunk_blocks, *row_shape], C order."""
+    if google_crc32c.value(data) != _CRC_OF_CHECKED:
+        body, checksum = data[:-_CRC_BYTES], data[-_CRC_BYTES:]
         raise CacheError("chunk-checksum", place, expected=_crc(body).hex(), found=checksum.hex())
-    if len(body) < _BLOSC_HEADER_BYTES or spec.chunk_bytes > MAX_CHUNK_BYTES:
-        raise CacheError("bad-chunk", place, found=f"{len(body)} bytes")
-    decoded_bytes, _, packed_bytes = struct.unpack_from("<III", body, 4)
-    if decoded_bytes != spec.chunk_bytes or packed_bytes != len(body):
+    body_bytes = len(data) - _CRC_BYTES
+    if body_bytes < _BLOSC_HEADER_BYTES or spec.chunk_bytes > MAX_CHUNK_BYTES:
+        raise CacheError("bad-chunk", place, found=f"{body_bytes} bytes")
+    decoded_bytes, _, packed_bytes = _BLOSC_SIZES.unpack_from(data, 4)
+    if decoded_bytes != spec.chunk_bytes or packed_bytes != body_bytes:
         raise CacheError(
             "bad-chunk",
             place,
-            expected=f"{spec.chunk_bytes} bytes from {len(body)}",
+            expected=f"{spec.chunk_bytes} bytes from {body_bytes}",
             found=f"{decoded_bytes} from {packed_bytes}",
         )
     try:
-        blosc.decompress(body, out.reshape(-1).view(np.uint8))
+        # Blosc goes by the size in its header, so the checksum behind it need not be cut off.
+        blosc.decompress(data, out)
     except RuntimeError as error:
         raise CacheError("bad-chunk", place, found=str(error)) from None
 

@@ -2,8 +2,6 @@
 
 In: a cache folder. Out: problems, each with a stable kind, the place, what was expected and what was found. A
 finished cache without problems is bit for bit what was committed, and its arrays mean what ``SPEC.md`` says.
-
-Legend of axes: B blocks, T tokens, K kept.
 """
 
 from __future__ import annotations
@@ -20,8 +18,9 @@ import numpy as np
 
 from cache_spec.commit import tokens_digest
 from cache_spec.durable import TEMPORARY_PREFIX
+from cache_spec.encodings.hidden import checked_scales
 from cache_spec.errors import CacheError
-from cache_spec.layout import array_specs, zarr_metadata
+from cache_spec.layout import array_specs, target_arrays, zarr_metadata
 from cache_spec.manifest import MANIFEST_NAME, Manifest, sha256_hex
 from cache_spec.reader import ShardFile
 from cache_spec.receipts import (
@@ -36,11 +35,8 @@ from cache_spec.receipts import (
     small_file_errors,
     unfinished,
 )
-from cache_spec.shardfile import Array
-from cache_spec.topk import decode_gaps
-
-# Log masses are stored as float16: half a unit in the last place of the largest exponent below e^0.
-_MASS_TOLERANCE = 2e-3
+from cache_spec.tables import read_table, table_paths
+from cache_spec.targets import Array
 
 
 class Problem(NamedTuple):
@@ -78,6 +74,7 @@ def verify_cache(cache: Path, on_shard: Callable[[int], object] = lambda shard: 
         manifest = read_manifest(cache)
         problems += (Problem(e.kind, e.place, e.expected, e.found) for e in small_file_errors(cache, manifest))
         problems += _metadata_problems(cache, manifest)
+        problems += _table_problems(cache, manifest)
         problems += _stray_files(cache, manifest)
         tokens = hashlib.sha256()
         num_readable = num_tokens = 0
@@ -137,12 +134,12 @@ def _said(metadata: object) -> object:
 def _stray_files(cache: Path, manifest: Manifest) -> Iterator[Problem]:
     """Files that no rule accounts for; hidden ones (locks, leftovers of killed runs) are nobody's data."""
     blocks = manifest.blocks
-    known = {MANIFEST_NAME, SEAL_NAME, *manifest.files}
+    known = {MANIFEST_NAME, SEAL_NAME, *manifest.files, *table_paths(manifest)}
     known |= {f"{RECEIPTS_FOLDER}/{receipt_path(cache, shard).name}" for shard in range(blocks.num_shards)}
     known |= {spec.shard_path(s) for spec in array_specs(manifest).values() for s in range(blocks.num_shards)}
     for folder, folders, names in os.walk(cache):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in names:
+        for name in [*names, *(name for name in folders if Path(folder, name).is_symlink())]:
             path = Path(folder, name).relative_to(cache).as_posix()
             if path not in known and not name.startswith((TEMPORARY_PREFIX, ".")):
                 yield Problem("unexpected-file", str(cache / path), "nothing here", None)
@@ -164,22 +161,19 @@ def _read_shard(cache: Path, manifest: Manifest, receipt: Receipt) -> tuple[dict
 
 
 def _meaning_problems(manifest: Manifest, receipt: Receipt, arrays: dict[str, Array], cache: Path) -> Iterator[Problem]:
-    vocab_size = manifest.teacher.vocab_size
+    geometry = manifest.geometry
 
     def problem(kind: str, name: str, expected: object, found: object) -> Problem:
         return Problem(
             kind, str(cache / array_specs(manifest)[name].shard_path(receipt.shard)), str(expected), str(found)
         )
 
-    for name in ("input_ids", "head_ids"):
-        if name in arrays and arrays[name].max() >= vocab_size:
-            yield problem("id-out-of-range", name, f"ids below {vocab_size}", arrays[name].max())
-    if "input_ids" in arrays and tokens_digest(arrays["input_ids"]) != receipt.tokens_sha256:
-        yield problem("tokens-mismatch", "input_ids", receipt.tokens_sha256, "another digest")
-    if "head_ids" in arrays:
-        ordered_BTK = np.sort(arrays["head_ids"], axis=-1)
-        if (ordered_BTK[..., 1:] == ordered_BTK[..., :-1]).any():
-            yield problem("repeated-id", "head_ids", "distinct ids in each head", "a repeated one")
+    if "input_ids" in arrays:
+        if arrays["input_ids"].max() >= geometry.vocab_size:
+            found = arrays["input_ids"].max()
+            yield problem("id-out-of-range", "input_ids", f"ids below {geometry.vocab_size}", found)
+        if tokens_digest(arrays["input_ids"]) != receipt.tokens_sha256:
+            yield problem("tokens-mismatch", "input_ids", receipt.tokens_sha256, "another digest")
     if "block_lengths" in arrays:
         lengths = arrays["block_lengths"]
         if not 1 <= lengths.min() <= lengths.max() <= manifest.blocks.block_tokens:
@@ -188,32 +182,24 @@ def _meaning_problems(manifest: Manifest, receipt: Receipt, arrays: dict[str, Ar
         whole = lengths[:-1] if is_last and manifest.blocks.last_block == "keep" else lengths
         if (whole < manifest.blocks.block_tokens).any():
             yield problem("bad-length", "block_lengths", "full blocks but for a kept last one", lengths.tolist())
-    for name in ("log_normaliser", "hidden", "block_loss", "block_entropy"):
+    for name in ("hidden", "block_loss", "block_entropy"):
         if name in arrays and not np.isfinite(arrays[name]).all():
             yield problem("non-finite", name, "finite values", "NaN or infinity")
-    if "log_tail_mass" in arrays:
-        tails = arrays["log_tail_mass"]
-        if np.isnan(tails).any() or tails.max() > _MASS_TOLERANCE:
-            yield problem("bad-tail-mass", "log_tail_mass", "logs of masses from 0 to 1", tails.max())
-    if {"head_gaps", "log_normaliser", "log_tail_mass"} <= set(arrays):
-        yield from _mass_problems(manifest, arrays, problem)
+    problems = Problems()
+    if "hidden_scale" in arrays:
+        with problems.collecting():
+            place = cache / array_specs(manifest)["hidden_scale"].shard_path(receipt.shard)
+            checked_scales(arrays["hidden_scale"], place)
+    yield from problems
+    stored = {name: arrays[name] for name in target_arrays(manifest) if name in arrays}
+    if len(stored) == len(target_arrays(manifest)):
+        for error in manifest.encoding.check(stored, geometry, f"{cache} shard {receipt.shard}"):
+            yield Problem(error.kind, error.place, error.expected, error.found)
 
 
-def _mass_problems(
-    manifest: Manifest, arrays: dict[str, Array], problem: Callable[[str, str, object, object], Problem]
-) -> Iterator[Problem]:
-    """Head and tail must sum to one at every temperature, up to quantisation."""
-    step = manifest.encoding.step_nats
-    try:
-        logprobs_BTK = decode_gaps(arrays["head_gaps"], step)
-    except CacheError as error:
-        yield problem(error.kind, "head_gaps", error.expected, error.found)
-        return
-    for at, temperature in enumerate(manifest.temperatures):
-        with np.errstate(over="ignore", invalid="ignore"):
-            head_BT = np.exp(logprobs_BTK / temperature - arrays["log_normaliser"][:, at, :, None]).sum(-1)
-            total_BT = head_BT + np.exp(arrays["log_tail_mass"][:, at].astype(np.float32))
-        tolerance = np.expm1(step / 2 / temperature) + _MASS_TOLERANCE
-        worst = np.abs(total_BT - 1).max()
-        if not worst <= tolerance:
-            yield problem("mass-not-one", "head_gaps", f"mass 1 within {tolerance:.4f} at T = {temperature:g}", worst)
+def _table_problems(cache: Path, manifest: Manifest) -> Iterator[Problem]:
+    for name in sorted(manifest.tables):
+        try:
+            read_table(cache, manifest, name)
+        except CacheError as error:
+            yield Problem(error.kind, error.place, error.expected, error.found)

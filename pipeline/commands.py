@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from cache_spec.errors import EXIT_BAD_INPUT
-from pipeline.config import CaptureConfig
+from pipeline.config import CaptureConfig, TranscodeConfig
 from pipeline.settings import emit, settings
 from train.config import TrainConfig
 from train.evaluate_config import EvaluateConfig
@@ -40,14 +40,28 @@ def cache_teacher(config: CaptureConfig, dry_run: bool, as_json: bool) -> None:
     from pipeline.capture import capture
 
     result = capture(config, quiet=as_json)
-    emit(
-        as_json,
-        result,
-        [
-            f"{result['cache']}: {result['tokens']:,} tokens in {result['shards']:,} shards, {result['bytes']:,} bytes,"
-            f" {result['bytes_per_token']:.2f} bytes/token"
-        ],
-    )
+    emit(as_json, result, [_made(result)])
+
+
+@click.command("transcode")
+@settings(TranscodeConfig, "transcode", argument="cache")
+@dry_run
+@as_json
+def transcode(config: TranscodeConfig, dry_run: bool, as_json: bool) -> None:
+    """Make a smaller cache from a richer one, without the teacher.
+
+    What is not given is as in CACHE, or else the default. Run the same command again to go on after an interruption.
+    """
+    if dry_run:
+        from pipeline.estimate import describe_estimate, estimate_transcoding
+
+        facts = estimate_transcoding(config)
+        emit(as_json, facts, describe_estimate(facts))
+        return
+    from pipeline.transcode import transcode
+
+    result = transcode(config, quiet=as_json)
+    emit(as_json, result, [_made(result)])
 
 
 @click.command()
@@ -135,6 +149,13 @@ def demo(out: Path, as_json: bool) -> None:
 
     facts, lines = run_demo(out, quiet=as_json)
     emit(as_json, facts, lines)
+
+
+def _made(result: dict[str, Any]) -> str:
+    return (
+        f"{result['cache']}: {result['tokens']:,} tokens in {result['shards']:,} shards, {result['bytes']:,} bytes,"
+        f" {result['bytes_per_token']:.2f} bytes/token"
+    )
 
 
 def _shown(value: object) -> str:

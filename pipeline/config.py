@@ -1,4 +1,4 @@
-"""Settings of ``kdpipe cache-teacher``: each is a flag, a recipe key and a line of help at once.
+"""Settings of ``cache-teacher`` and ``transcode``: each is a flag, a recipe key and a line of help at once.
 
 In: values from flags and recipes. Out: one frozen, checked object.
 """
@@ -9,15 +9,13 @@ import os
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 0.05, 100.0
+from pipeline.encoding_config import EncodingConfig, EncodingName
 
 
-class CaptureConfig(BaseModel):
+class CaptureConfig(EncodingConfig):
     """What to run the teacher on, and what to keep of it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     teacher: str
     """Causal language model: a local folder, a GGUF file or a hub name."""
@@ -41,12 +39,12 @@ class CaptureConfig(BaseModel):
     """What to do with the last partial block; keep pads it with the end-of-text token."""
     limit_tokens: int | None = Field(default=None, ge=1)
     """Stop after this many tokens of the corpus."""
-    k: int = Field(default=32, ge=1)
-    """Tokens kept in each head."""
     temperatures: tuple[float, ...] = (1.0, 2.0)
     """Temperatures that students may be trained at, ascending, from 0.05 to 100."""
     hidden_window: int = Field(default=32, ge=0)
     """Tokens averaged into one stored hidden state; 1 keeps each, 0 keeps none."""
+    hidden_dtype: Literal["float16", "int8"] = "int8"
+    """Type of the averaged hidden states; int8 has a scale for each dimension of a block."""
     batch_blocks: int = Field(default=4, ge=1)
     """Blocks in one forward pass of the teacher; at most a shard's."""
     shard_blocks: int = Field(default=256, ge=1)
@@ -58,26 +56,6 @@ class CaptureConfig(BaseModel):
     workers: int = Field(default=0, ge=0)
     """Worker processes on this machine; 0 runs in this process."""
 
-    @field_validator("*", mode="before")
-    @classmethod
-    def _not_empty(cls, value: Any) -> Any:
-        # An empty variable of a shell: as a path it would mean the current folder.
-        if any(
-            isinstance(part, str) and not part.strip()
-            for part in (value if isinstance(value, list | tuple) else [value])
-        ):
-            raise ValueError("is empty")
-        return value
-
-    @field_validator("teacher", "out", mode="before")
-    @classmethod
-    def _utf8(cls, value: Any) -> Any:
-        try:
-            str(value).encode()
-        except UnicodeEncodeError:
-            raise ValueError("is not UTF-8, which the libraries that open it need") from None
-        return value
-
     @field_validator("text", mode="before")
     @classmethod
     def _one_or_more(cls, value: Any) -> Any:
@@ -88,20 +66,10 @@ class CaptureConfig(BaseModel):
     def _texts_at_home(cls, texts: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(map(os.path.expanduser, texts))
 
-    @field_validator("out")
-    @classmethod
-    def _out_at_home(cls, out: Path) -> Path:
-        try:
-            return out.expanduser()
-        except RuntimeError:
-            raise ValueError(f"no home folder for {out.parts[0]}") from None
-
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if not self.temperatures or list(self.temperatures) != sorted(set(self.temperatures)):
-            raise ValueError("temperatures must be distinct and ascending, at least one")
-        if not all(LOWEST_TEMPERATURE <= t <= HIGHEST_TEMPERATURE for t in self.temperatures):
-            raise ValueError(f"temperatures must be from {LOWEST_TEMPERATURE:g} to {HIGHEST_TEMPERATURE:g}")
+        if not self.hidden_window and "hidden_dtype" in self.model_fields_set:
+            raise ValueError("hidden_dtype means nothing without hidden_window")
         if self.hidden_window and self.block_tokens % self.hidden_window:
             raise ValueError(f"hidden_window {self.hidden_window} does not divide block_tokens {self.block_tokens}")
         if self.batch_blocks > self.shard_blocks:
@@ -109,3 +77,22 @@ class CaptureConfig(BaseModel):
         if self.limit_tokens is not None and self.last_block == "drop" and self.limit_tokens < self.block_tokens:
             raise ValueError(f"limit_tokens {self.limit_tokens} is less than one block of {self.block_tokens}")
         return self
+
+
+class TranscodeConfig(EncodingConfig):
+    """Which cache to make from a richer one; what is not given is as in that one, or else the default."""
+
+    cache: Path
+    """Cache to start from."""
+    out: Path
+    """Folder of the new cache."""
+    encoding: EncodingName | None = None  # type: ignore[assignment]
+    """How targets are kept: topk, prototype, sampled, sparsified or hidden.  [default: as in CACHE]"""
+    temperatures: tuple[float, ...] | None = None
+    """Temperatures to keep, ascending; any from 0.05 to 100 where CACHE has hidden.  [default: as in CACHE]"""
+    hidden_window: int | None = Field(default=None, ge=0)
+    """Tokens averaged into one stored hidden state, 0 to keep none.  [default: as in CACHE]"""
+    hidden_dtype: Literal["float16", "int8"] | None = None
+    """Type of the averaged hidden states.  [default: as in CACHE]"""
+    device: str = "auto"
+    """Device that hidden states become targets on: auto, cpu, cuda, cuda:N or mps."""

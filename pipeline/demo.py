@@ -39,7 +39,8 @@ def run_demo(out: Path, *, quiet: bool = False) -> tuple[dict[str, Any], list[st
     _kdpipe(["cache-teacher", "--config", "demo", "--teacher", str(TEACHER), "--out", str(cache)], quiet)
     _kdpipe(
         ["cache-teacher", "--config", "demo", "--teacher", str(TEACHER), "--out", str(held_out)]
-        + ["--text", "python-docs:heldout", "--limit-tokens", str(HELD_OUT_TOKENS), "--k", "512"],
+        # Hidden states give the teacher's whole distribution, so that students are measured against all of it.
+        + ["--text", "python-docs:heldout", "--limit-tokens", str(HELD_OUT_TOKENS), "--encoding", "hidden"],
         quiet,
     )
     for name, flags in STUDENTS.items():

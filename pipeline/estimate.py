@@ -1,11 +1,13 @@
-"""``cache-teacher --dry-run``: what a capture would cost, measured on one batch, with nothing written.
+"""``--dry-run`` of ``cache-teacher`` and ``transcode``: what a cache would cost, from one batch; nothing is written.
 
-In: capture settings. Out: tokens, bytes and hours. The teacher runs on one batch of the real text, in the real
-shape, and its blocks are encoded as those of a shard would be.
+In: settings. Out: tokens, bytes and hours. The teacher runs on one batch of the real text (or the old cache's first
+one is read), in the real shape, and its blocks are encoded as those of a shard would be. Prototypes are not learnt for
+it: with flat ones in their place, heads and prototypes' numbers come out a little larger than they will be.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import replace
 from typing import Any
@@ -13,14 +15,21 @@ from typing import Any
 import numpy as np
 import torch
 
+from cache_spec.encodings.prototype import Prototype
 from cache_spec.errors import BadInputError
-from cache_spec.layout import ArraySpec, array_specs
+from cache_spec.layout import ArraySpec, array_specs, target_arrays
+from cache_spec.manifest import Manifest
+from cache_spec.reader import CacheReader
 from cache_spec.shardfile import encode_shard, index_bytes
-from pipeline.config import CaptureConfig
-from pipeline.shard import encode_blocks
+from cache_spec.targets import Array
+from pipeline.config import CaptureConfig, TranscodeConfig
+from pipeline.inspect import describe_encoding
+from pipeline.shard import batches, encode_blocks, encoder_of
 from pipeline.source import Source, draft_manifest, resolve_source
+from pipeline.tables import at_temperatures, settled
 from pipeline.teacher import load_teacher
 from pipeline.teacher_files import load_tokenizer
+from pipeline.transcode import Transcoding
 
 _SAMPLE_CHARS = 1 << 20
 _COUNTED_CHARS = 1 << 28
@@ -40,46 +49,90 @@ def estimate(config: CaptureConfig) -> dict[str, Any]:
         num_tokens = num_blocks * config.block_tokens
     else:
         num_blocks = -(-num_tokens // config.block_tokens)
-    num_shards = -(-num_blocks // config.shard_blocks)
-    manifest = draft_manifest(source, num_blocks=config.batch_blocks)
-    specs = array_specs(manifest)
     ids_BT = np.resize(sample_ids, batch_tokens).reshape(config.batch_blocks, config.block_tokens)
     lengths_B = np.full(config.batch_blocks, config.block_tokens, np.uint32)
     teacher = load_teacher(source.files, device=config.device, dtype=config.dtype)
+    manifest = draft_manifest(replace(source, encoding=settled(source.encoding, teacher.head)), num_blocks=num_blocks)
+    encoder = encoder_of(manifest, _stand_ins(manifest, source.prototypes), teacher.device)
     start = time.perf_counter()
-    arrays = encode_blocks(manifest, teacher, ids_BT.astype(manifest.id_dtype), lengths_B, 0)
+    arrays = encode_blocks(manifest, teacher, encoder, ids_BT.astype(manifest.id_dtype), lengths_B, 0)
     seconds = time.perf_counter() - start
-    bytes_per_token = {
-        name: (_block_bytes(spec, arrays[name]) * num_blocks + _shard_bytes(spec) * num_shards) / num_tokens
-        for name, spec in specs.items()
-    }
     # One process keeps all cores of a CPU busy, so workers gain speed where each has a GPU of its own.
     num_devices = torch.cuda.device_count() if config.device in ("auto", "cuda") else 1
     tokens_per_s = batch_tokens / seconds * max(1, min(config.workers, num_devices))
+    return _facts(manifest, arrays, num_tokens, certainty, tokens_per_s, learnt=source.prototypes is None)
+
+
+def estimate_transcoding(config: TranscodeConfig) -> dict[str, Any]:
+    """Tokens, bytes per token, bytes and hours of a transcoding."""
+    work = Transcoding(config)
+    manifest, blocks = work.manifest, work.manifest.blocks
+    tables = work.tables(True) if not work.learns else _stand_ins(manifest, work.prototypes)
+    first, count = batches(manifest, 0)[0]
+    start = time.perf_counter()
+    arrays = work.arrays(range(first, first + count), tables)
+    tokens_per_s = count * blocks.block_tokens / (time.perf_counter() - start)
+    return _facts(manifest, arrays, manifest.corpus.num_tokens, "as in the cache", tokens_per_s, learnt=work.learns)
+
+
+def _facts(
+    manifest: Manifest, arrays: dict[str, Array], num_tokens: int, certainty: str, tokens_per_s: float, *, learnt: bool
+) -> dict[str, Any]:
+    """What is told of a cache to be, from the arrays of one batch."""
+    blocks, encoding = manifest.blocks, manifest.encoding
+    bytes_per_token = {
+        name: (_block_bytes(spec, arrays[name]) * blocks.num_blocks + _shard_bytes(spec) * blocks.num_shards)
+        / num_tokens
+        for name, spec in array_specs(manifest).items()
+    }
+    table_bytes = {
+        table.name: math.prod(table.shape) * np.dtype(table.dtype).itemsize
+        for table in encoding.tables(manifest.geometry)
+    }
+    total = sum(bytes_per_token.values()) + sum(table_bytes.values()) / num_tokens
+    passes = num_tokens + (min(num_tokens, getattr(encoding, "calibration_tokens", 0)) if learnt else 0)
     return {
-        "teacher": source.teacher.model_dump(mode="json"),
-        "compute": source.compute.model_dump(mode="json"),
+        "teacher": manifest.teacher.model_dump(mode="json"),
+        "compute": manifest.compute.model_dump(mode="json"),
+        "encoding": encoding.model_dump(mode="json"),
         "tokens": num_tokens,
         "tokens_certainty": certainty,
-        "shards": num_shards,
-        "bytes_per_token": sum(bytes_per_token.values()),
+        "shards": blocks.num_shards,
+        "bytes_per_token": total,
         "bytes_per_token_by_array": bytes_per_token,
-        "bytes": round(num_tokens * sum(bytes_per_token.values())),
+        "target_bytes_per_token": sum(bytes_per_token[name] for name in target_arrays(manifest)),
+        "table_bytes": table_bytes,
+        "bytes": round(num_tokens * total),
         "tokens_per_s": tokens_per_s,
-        "hours": num_tokens / tokens_per_s / 3600,
+        "hours": passes / tokens_per_s / 3600,
     }
 
 
 def describe_estimate(facts: dict[str, Any]) -> list[str]:
     """Lines for people."""
+    tables = sum(facts["table_bytes"].values())
     return [
         f"teacher   {facts['teacher']['name']}, {facts['teacher']['num_parameters']:,} parameters,"
         f" {facts['compute']['dtype']} on {facts['compute']['device_type']}",
+        f"targets   {describe_encoding(facts['encoding'])}",
         f"tokens    {facts['tokens']:,} ({facts['tokens_certainty']}) in {facts['shards']:,} shards",
-        f"size      {facts['bytes']:,} bytes, {facts['bytes_per_token']:.1f} bytes/token on one batch",
+        f"size      {facts['bytes']:,} bytes, {facts['bytes_per_token']:.1f} bytes/token on one batch,"
+        f" {facts['target_bytes_per_token']:.1f} of them targets",
+        *([f"          at most {tables:,} of these bytes are stored once for the whole cache"] if tables else []),
         f"time      {facts['hours']:.2f} hours at {facts['tokens_per_s']:,.0f} tokens/s, timed on one batch",
         "nothing was written",
     ]
+
+
+def _stand_ins(manifest: Manifest, prototypes: CacheReader | None) -> dict[str, Array]:
+    """Tables to encode one batch with, where the real ones would have to be learnt."""
+    if not isinstance(manifest.encoding, Prototype):
+        return {}
+    if prototypes is not None:
+        return at_temperatures(prototypes, manifest.temperatures)
+    classifier, shared = manifest.encoding.tables(manifest.geometry)
+    rows = np.random.default_rng(0).normal(size=classifier.shape).astype(classifier.dtype)
+    return {classifier.name: rows, shared.name: np.zeros(shared.shape, shared.dtype)}
 
 
 def _count_tokens(source: Source) -> tuple[np.ndarray[Any, Any], int, str]:

@@ -1,6 +1,8 @@
 """What is in a cache, and what it costs: a readable account.
 
 In: a cache folder, finished or not. Out: one dictionary for machines and lines for people.
+
+Legend of axes: B blocks, T tokens, M temperatures.
 """
 
 from __future__ import annotations
@@ -12,23 +14,26 @@ from typing import Any
 
 import numpy as np
 
-from cache_spec.layout import array_specs
+from cache_spec.encodings.topk import Head, decode_odds
+from cache_spec.layout import array_specs, target_arrays
 from cache_spec.reader import ShardFile
 from cache_spec.receipts import committed_shards, read_manifest, read_receipt, read_seal
+from cache_spec.tables import table_files
 
 
 def inspect_cache(cache: Path) -> dict[str, Any]:
-    """Facts about a cache: teacher, tokens, shards, bytes/token per array, tail mass, teacher's loss.
+    """Facts about a cache: teacher, tokens, shards, bytes/token per array, tables, tail mass, teacher's loss.
 
     Means are over the shards committed so far, each block weighing as its real tokens; None where there is nothing to
-    take the mean of, or where it is too large for a float.
+    take the mean of, or where it is too large for a float. A table's bytes are those on disk.
     """
     manifest = read_manifest(cache)
-    specs = array_specs(manifest)
+    specs, encoding = array_specs(manifest), manifest.encoding
     shards = committed_shards(cache, manifest)
     num_bytes = dict.fromkeys(specs, 0)
     num_tokens, loss_nats, entropy_nats = 0, 0.0, 0.0
-    tail_mass = np.zeros(len(manifest.temperatures))
+    tail_mass_M = np.zeros(len(manifest.temperatures))
+    has_head = isinstance(encoding, Head)
     for shard in shards:
         receipt = read_receipt(cache, manifest, shard)
         assert receipt is not None
@@ -36,15 +41,22 @@ def inspect_cache(cache: Path) -> dict[str, Any]:
             num_bytes[name] += receipt.files[name].num_bytes
         rows = {
             name: ShardFile(cache, specs[name], receipt).read_rows(receipt.num_blocks)
-            for name in ("block_lengths", "block_loss", "block_entropy", "log_tail_mass")
+            for name in ("block_lengths", "block_loss", "block_entropy", *(["tail_log_odds"] if has_head else []))
         }
-        lengths = rows["block_lengths"].astype(np.int64)
-        num_tokens += int(lengths.sum())
-        loss_nats += float(rows["block_loss"] @ (lengths - 1))
-        entropy_nats += float(rows["block_entropy"] @ lengths)
-        real_BT = np.arange(manifest.blocks.block_tokens) < lengths[:, None]
-        tail_mass += (np.exp(rows["log_tail_mass"].astype(np.float64)) * real_BT[:, None]).sum((0, 2))
-    total_bytes = sum(num_bytes.values())
+        lengths_B = rows["block_lengths"].astype(np.int64)
+        num_tokens += int(lengths_B.sum())
+        loss_nats += float(rows["block_loss"] @ (lengths_B - 1))
+        entropy_nats += float(rows["block_entropy"] @ lengths_B)
+        if isinstance(encoding, Head):
+            real_BT = np.arange(manifest.blocks.block_tokens) < lengths_B[:, None]
+            odds_BMT = decode_odds(rows["tail_log_odds"], encoding.odds_step_nats).astype(np.float64)
+            tail_mass_M += ((1 / (1 + np.exp(-odds_BMT))) * real_BT[:, None]).sum((0, 2))
+    table_bytes = {
+        part.name: sum((cache / path).stat().st_size for path in table_files(part) if (cache / path).is_file())
+        for part in encoding.tables(manifest.geometry)
+    }
+    target_bytes = sum(num_bytes[name] for name in target_arrays(manifest))
+    total_bytes = sum(num_bytes.values()) + sum(table_bytes.values())
     num_targets = num_tokens - sum(manifest.blocks.shard_range(s)[1] for s in shards)
     mean_loss = _mean(loss_nats, num_targets)
     return {
@@ -54,7 +66,7 @@ def inspect_cache(cache: Path) -> dict[str, Any]:
         "teacher": manifest.teacher.model_dump(mode="json"),
         "corpus": manifest.corpus.model_dump(mode="json"),
         "blocks": manifest.blocks.model_dump(mode="json"),
-        "encoding": manifest.encoding.model_dump(mode="json"),
+        "encoding": encoding.model_dump(mode="json"),
         "temperatures": list(manifest.temperatures),
         "hidden": manifest.hidden.model_dump(mode="json") if manifest.hidden else None,
         "compute": manifest.compute.model_dump(mode="json"),
@@ -65,9 +77,15 @@ def inspect_cache(cache: Path) -> dict[str, Any]:
         "bytes": total_bytes,
         "bytes_per_token": _mean(total_bytes, num_tokens),
         "bytes_per_token_by_array": {name: _mean(size, num_tokens) for name, size in num_bytes.items()},
+        "target_arrays": target_arrays(manifest),
+        "target_bytes_per_token": _mean(target_bytes, num_tokens),
+        "table_bytes": table_bytes,
+        "table_bytes_per_token": _mean(sum(table_bytes.values()), num_tokens),
         "mean_tail_mass": {
-            f"{t:g}": _mean(float(mass), num_tokens) for t, mass in zip(manifest.temperatures, tail_mass, strict=True)
-        },
+            f"{t:g}": _mean(float(mass), num_tokens) for t, mass in zip(manifest.temperatures, tail_mass_M, strict=True)
+        }
+        if has_head
+        else {},
         "teacher_loss_nats": mean_loss,
         "teacher_perplexity": _exp(mean_loss),
         "teacher_entropy_nats": _mean(entropy_nats, num_tokens),
@@ -85,7 +103,8 @@ def _exp(value: float | None) -> float | None:
 def describe(facts: dict[str, Any]) -> list[str]:
     """Lines for people."""
     teacher, blocks = facts["teacher"], facts["blocks"]
-    hidden = f"mean of {facts['hidden']['window']} tokens" if facts["hidden"] else "none"
+    hidden = facts["hidden"]
+    pooled = f"{hidden['dtype']} means of {hidden['window']} tokens" if hidden else "none"
     lines = [
         f"cache        {facts['cache']}  ({'finished' if facts['finished'] else 'not finished'})",
         f"fingerprint  {facts['fingerprint'][:16]}",
@@ -95,15 +114,43 @@ def describe(facts: dict[str, Any]) -> list[str]:
         f" {facts['corpus']['num_tokens']:,} tokens",
         f"shards       {facts['shards_done']:,} of {facts['shards_planned']:,} done,"
         f" {blocks['num_blocks']:,} blocks of {blocks['block_tokens']:,} tokens",
-        f"targets      {facts['encoding']['name']}, K = {facts['encoding']['k']}, hidden states: {hidden}",
+        f"targets      {describe_encoding(facts['encoding'])}",
+        f"temperatures {', '.join(f'{t:g}' for t in facts['temperatures'])}"
+        + (" and any other" if facts["encoding"]["name"] == "hidden" else ""),
+        f"hidden       {pooled}",
     ]
+    if "transcoded_from" in facts["provenance"]:
+        lines.append(f"made from    cache {facts['provenance']['transcoded_from'][:16]}")
     if not facts["tokens_done"]:
         return lines
     lines.append(f"size         {facts['bytes']:,} bytes, {facts['bytes_per_token']:.2f} bytes/token")
-    lines += [f"  {name:<15}{size:8.2f} bytes/token" for name, size in facts["bytes_per_token_by_array"].items()]
+    lines += [
+        f"  {name:<18}{size:8.2f} bytes/token{'  *' if name in facts['target_arrays'] else ''}"
+        for name, size in facts["bytes_per_token_by_array"].items()
+    ]
+    lines.append(f"  {'* targets':<18}{facts['target_bytes_per_token']:8.2f} bytes/token")
+    if facts["table_bytes"]:
+        shown = ", ".join(f"{name} {size:,} bytes" for name, size in facts["table_bytes"].items())
+        lines.append(f"  {'stored once':<18}{facts['table_bytes_per_token']:8.2f} bytes/token: {shown}")
     lines += [f"tail mass    {mass:.4f} at T = {t}" for t, mass in facts["mean_tail_mass"].items()]
     loss, perplexity = facts["teacher_loss_nats"], facts["teacher_perplexity"]
     known = [] if loss is None else [f"loss {loss:.4f} nats"]
     known += [] if perplexity is None else [f"perplexity {perplexity:.2f}"]
     known.append(f"entropy {facts['teacher_entropy_nats']:.4f} nats on this text")
     return [*lines, "teacher      " + ", ".join(known)]
+
+
+def describe_encoding(encoding: dict[str, Any]) -> str:
+    """An encoding and its parameters in words."""
+    names = {
+        "k": "K = {}",
+        "draws": "{} draws",
+        "prototypes": "{} prototypes",
+        "residual_draws": "{} residual draws",
+        "levels": "{} levels",
+        "dtype": "{}",
+        "head_dtype": "output head in {}",
+        "seed": "seed {}",
+    }
+    parts = [text.format(f"{encoding[name]}") for name, text in names.items() if encoding.get(name) is not None]
+    return ", ".join([encoding["name"], *parts])

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 COMMANDS = {
     "demo": "Run the whole pipeline offline on an embedded teacher and text.",
     "cache-teacher": "Run a teacher once over text and keep what students need.",
+    "transcode": "Make a smaller cache from a richer one, without the teacher.",
     "verify": "Report every problem of a cache.",
     "inspect": "Show what is in a cache and what it costs.",
     "train-student": "Train a student from a cache, without the teacher.",
@@ -35,10 +36,13 @@ RECIPE_FOLDERS = (Path(__file__).parent / "recipes", Path(__file__).parent.paren
 Config = TypeVar("Config", bound="BaseModel")
 
 
-def settings(model: type[Config], section: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def settings(
+    model: type[Config], section: str, argument: str | None = None
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Add one flag per field of ``model`` to a command, plus ``--config``, and pass it the checked object.
 
     Values come from the recipe's ``section``, then from flags. The command's body gets it as ``config``.
+    ``argument`` names the one field that is given by its place.
     """
 
     def decorate(body: Callable[..., Any]) -> Callable[..., Any]:
@@ -50,8 +54,9 @@ def settings(model: type[Config], section: str) -> Callable[[Callable[..., Any]]
         wrapped.__doc__ = body.__doc__
         wrapped.__name__ = body.__name__
         wrapped.__click_params__ = list(getattr(body, "__click_params__", []))  # type: ignore[attr-defined]
-        for name in reversed(model.model_fields):
-            wrapped = _option(model, name)(wrapped)
+        for name in reversed(_names(model)):
+            option = click.argument(name, required=False) if name == argument else _option(model, name)
+            wrapped = option(wrapped)
         help_text = "Recipe (YAML); flags go on top. A file, or the name of a shipped recipe."
         return click.option("--config", "recipe", metavar="RECIPE", help=help_text)(wrapped)
 
@@ -63,12 +68,16 @@ def build(model: type[Config], section: str, recipe: str | None, flags: dict[str
     from pydantic import ValidationError
 
     values = read_recipe(recipe).get(section, {}) if recipe else {}
-    known = list(model.model_fields)
+    known = _names(model)
     for key in values:
         if key not in known:
             raise BadInputError("unknown-key", f"{recipe}: {section}: {key}", expected="one of " + ", ".join(known))
+    flags = {key: _parse(model, key, value) for key, value in flags.items()}
+    superseded: Callable[..., set[str]] = getattr(model, "superseded", lambda *_: set())
+    dropped = superseded(flags, {**values, **flags})
+    values = {key: value for key, value in values.items() if key not in dropped}
     try:
-        return model.model_validate({**values, **{key: _parse(model, key, value) for key, value in flags.items()}})
+        return model.model_validate({**values, **flags})
     except ValidationError as error:
         first = error.errors()[0]
         name = str(first["loc"][0]) if first["loc"] else ""
@@ -99,6 +108,11 @@ def read_recipe(name: str) -> dict[str, dict[str, Any]]:
         if section not in COMMANDS:
             raise BadInputError("unknown-key", f"{path}: {section}", expected="one of " + ", ".join(COMMANDS))
     return {section: {str(key).replace("-", "_"): v for key, v in part.items()} for section, part in body.items()}
+
+
+def _names(model: type[BaseModel]) -> list[str]:
+    """The settings of a command: what must be given comes first."""
+    return sorted(model.model_fields, key=lambda name: not model.model_fields[name].is_required())
 
 
 def _option(model: type[BaseModel], name: str) -> Callable[..., Any]:

@@ -12,25 +12,36 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
+from cache_spec.encodings import Encoding
+from cache_spec.encodings.hidden import Hidden
+from cache_spec.encodings.prototype import Prototype
 from cache_spec.errors import BadInputError, CacheError, WouldLoseDataError
 from cache_spec.layout import array_specs
 from cache_spec.manifest import (
     BlocksInfo,
     ComputeInfo,
     CorpusInfo,
-    EncodingInfo,
     HiddenInfo,
     Manifest,
     TeacherInfo,
     TokenizerInfo,
     differences,
 )
-from cache_spec.topk import DEFAULT_STEP_NATS
+from cache_spec.reader import CacheReader
+from cache_spec.tables import draft_digests
+from cache_spec.targets import Geometry
 from pipeline.blocks import StagedBlocks
 from pipeline.config import CaptureConfig
 from pipeline.corpus import Corpus, resolve
+from pipeline.encoding_config import encoding_record
+from pipeline.tables import open_prototypes, refuse_other_prototypes
 from pipeline.teacher import pick_device, pick_dtype
 from pipeline.teacher_files import TeacherFiles, check_block_tokens, describe_teacher, resolve_teacher
+
+TRANSCODED_FROM = "transcoded_from"
+"""In a manifest's provenance: fingerprint of the cache that it was made from without a teacher."""
+TRANSCODED_STATES = "transcoded_states"
+"""In a manifest's provenance: type of the hidden states that its targets were made from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +54,10 @@ class Source:
     tokenizer: TokenizerInfo
     corpus: Corpus
     compute: ComputeInfo
+    encoding: Encoding
+    """What follows from the teacher's weights (the type of a stored output head) is still open."""
+    prototypes: CacheReader | None
+    """Cache whose prototypes are taken over."""
 
 
 def resolve_source(config: CaptureConfig) -> Source:
@@ -50,10 +65,16 @@ def resolve_source(config: CaptureConfig) -> Source:
     files = resolve_teacher(config.teacher, revision=config.revision, gguf_file=config.gguf_file)
     teacher, tokenizer = describe_teacher(files)
     check_block_tokens(teacher, config.block_tokens)
-    if config.k > teacher.vocab_size:
-        raise BadInputError("k-too-large", f"k {config.k}", expected=f"at most the vocabulary of {teacher.vocab_size}")
     device = pick_device(config.device)
     dtype = str(pick_dtype(config.dtype, device)).removeprefix("torch.")
+    prototypes = open_prototypes(config.prototypes_from) if config.prototypes_from else None
+    record = encoding_record(config, config.encoding, prototypes=prototypes)
+    if prototypes is not None:
+        assert isinstance(record, Prototype)
+        refuse_other_prototypes(prototypes, teacher, record, config.temperatures)
+    geometry = Geometry(config.block_tokens, config.temperatures, teacher.vocab_size, teacher.hidden_size)
+    if reason := record.refuse(geometry):
+        raise BadInputError("bad-encoding", f"encoding {config.encoding}", found=reason)
     source = Source(
         config=config,
         files=files,
@@ -61,11 +82,13 @@ def resolve_source(config: CaptureConfig) -> Source:
         tokenizer=tokenizer,
         corpus=resolve(config.text, text_field=config.text_field, split=config.split),
         compute=ComputeInfo(device_type=device.type, dtype=dtype, batch_blocks=config.batch_blocks),
+        encoding=record,
+        prototypes=prototypes,
     )
     try:
         array_specs(draft_manifest(source, num_blocks=config.shard_blocks))
     except CacheError as error:
-        hint = "give a smaller --shard-blocks, --block-tokens or --k"
+        hint = "give a smaller --shard-blocks or --block-tokens, or keep less for each token"
         raise BadInputError(
             "chunk-too-large", error.place, expected=error.expected, found=error.found, hint=hint
         ) from None
@@ -76,8 +99,11 @@ def refuse_differences(existing: Manifest, source: Source) -> None:
     """Refuse to go on in a cache made with settings that would change its bytes."""
     # The text is not tokenised yet: equal sources and settings give equal tokens, so the old counts stand in.
     corpus = existing.corpus.model_copy(update={"sources": source.corpus.sources})
-    wanted = existing.model_copy(update=_content(source, corpus, existing.blocks.num_blocks))
+    encoding = as_settled(source.encoding, existing.encoding)
+    wanted = existing.model_copy(update=_content(source, corpus, existing.blocks.num_blocks, encoding))
     found = differences(existing, wanted)
+    if TRANSCODED_FROM in existing.provenance:
+        found.append(f"{TRANSCODED_FROM}: {existing.provenance[TRANSCODED_FROM][:16]}, now a teacher")
     if found:
         raise WouldLoseDataError(
             "other-settings",
@@ -87,7 +113,14 @@ def refuse_differences(existing: Manifest, source: Source) -> None:
         )
 
 
-def _content(source: Source, corpus: CorpusInfo, num_blocks: int) -> dict[str, Any]:
+def as_settled(encoding: Encoding, existing: Encoding) -> Encoding:
+    """``encoding`` with what follows from the teacher's weights taken from a cache of the same teacher."""
+    if not (isinstance(encoding, Hidden) and isinstance(existing, Hidden)):
+        return encoding
+    return encoding.model_copy(update={"head_dtype": existing.head_dtype, "bias": existing.bias})
+
+
+def _content(source: Source, corpus: CorpusInfo, num_blocks: int, encoding: Encoding) -> dict[str, Any]:
     """The parts of a manifest that its fingerprint covers."""
     config = source.config
     return {
@@ -101,22 +134,22 @@ def _content(source: Source, corpus: CorpusInfo, num_blocks: int) -> dict[str, A
             last_block=config.last_block,
             limit_tokens=config.limit_tokens,
         ),
-        "encoding": EncodingInfo(name="topk", k=config.k, step_nats=DEFAULT_STEP_NATS),
+        "encoding": encoding,
         "temperatures": config.temperatures,
-        "hidden": HiddenInfo(window=config.hidden_window) if config.hidden_window else None,
+        "hidden": HiddenInfo(window=config.hidden_window, dtype=config.hidden_dtype) if config.hidden_window else None,
         "compute": source.compute,
     }
 
 
-def _manifest(source: Source, corpus: CorpusInfo, num_blocks: int) -> Manifest:
+def provenance() -> dict[str, str]:
+    """Versions, machine and time."""
     libraries = ("kdpipe", "torch", "transformers", "tokenizers", "zarr", "numcodecs")
-    provenance = {
+    return {
         **{name: version(name) for name in libraries},
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
-    return Manifest(**_content(source, corpus, num_blocks), files={}, provenance=provenance)
 
 
 def draft_manifest(source: Source, *, num_blocks: int) -> Manifest:
@@ -125,10 +158,11 @@ def draft_manifest(source: Source, *, num_blocks: int) -> Manifest:
     corpus = CorpusInfo(
         sources=(), text_field=source.config.text_field, num_documents=1, num_tokens=num_tokens, tokens_sha256="0" * 64
     )
-    return _manifest(source, corpus, num_blocks)
+    return _manifest(source, corpus, num_blocks, source.encoding)
 
 
-def staged_manifest(source: Source, staged: StagedBlocks) -> Manifest:
+def staged_manifest(source: Source, staged: StagedBlocks, encoding: Encoding) -> Manifest:
+    """The manifest of a cache of these blocks; its tables are still to be made."""
     corpus = CorpusInfo(
         sources=source.corpus.sources,
         text_field=source.config.text_field,
@@ -136,4 +170,15 @@ def staged_manifest(source: Source, staged: StagedBlocks) -> Manifest:
         num_tokens=staged.num_tokens,
         tokens_sha256=staged.tokens_sha256,
     )
-    return _manifest(source, corpus, staged.num_blocks)
+    return _manifest(source, corpus, staged.num_blocks, encoding)
+
+
+def _manifest(source: Source, corpus: CorpusInfo, num_blocks: int, encoding: Encoding) -> Manifest:
+    config = source.config
+    geometry = Geometry(config.block_tokens, config.temperatures, source.teacher.vocab_size, source.teacher.hidden_size)
+    return Manifest(
+        **_content(source, corpus, num_blocks, encoding),
+        tables=draft_digests(encoding.tables(geometry)),
+        files={},
+        provenance=provenance(),
+    )

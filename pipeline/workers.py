@@ -22,15 +22,18 @@ from cache_spec.errors import KdpipeError
 from cache_spec.manifest import Manifest
 from pipeline.blocks import StagedBlocks
 from pipeline.config import CaptureConfig
+from pipeline.encoders.spectrum import Encoder
 from pipeline.failures import as_failure
-from pipeline.shard import capture_shard
+from pipeline.folder import read_tables
+from pipeline.shard import capture_shard, encoder_of
 from pipeline.teacher import Teacher, load_teacher
 from pipeline.teacher_files import TeacherFiles
 
 _IN_FLIGHT_PER_WORKER = 2
 
-# One teacher per worker process, loaded by the first task that needs it.
+# One teacher and one encoder per worker process, loaded by the first task that needs them.
 _teachers: dict[str, Teacher] = {}
+_encoders: dict[str, Encoder] = {}
 
 
 def capture_on_workers(
@@ -105,7 +108,10 @@ def _capture_task(
 ) -> int:
     """Runs on a worker: commit one shard, return its number of tokens."""
     torch.set_num_threads(threads)
-    capture_shard(Path(config.out), manifest, staged, _teacher(files, config), shard)
+    teacher, out = _teacher(files, config), Path(config.out)
+    if manifest.fingerprint not in _encoders:
+        _encoders[manifest.fingerprint] = encoder_of(manifest, read_tables(out, manifest), teacher.device)
+    capture_shard(out, manifest, staged, teacher, _encoders[manifest.fingerprint], shard)
     return manifest.blocks.shard_range(shard)[1] * manifest.blocks.block_tokens
 
 

@@ -25,6 +25,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {**LLAMA, **TOKENS, "tie_word_embeddings": True},
 }
 
+ENCODINGS: dict[str, dict[str, Any]] = {
+    "topk": {"k": 8},
+    "prototype": {"k": 8, "prototypes": 3, "residual_draws": 4, "calibration_tokens": 300},
+    "sampled": {"draws": 20},
+    "sparsified": {"k": 8},
+    "hidden": {},
+}
+"""Settings of a small cache of each encoding."""
+
 
 def make_tokenizer(vocab_size: int, eos: str | None = "<eos>", *, backwards: bool = False) -> Any:
     """A tokenizer whose word ``wN`` is token N, or the N-th from the end; 0 is unknown, 1 ends a document."""

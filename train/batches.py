@@ -1,9 +1,8 @@
 """From block indices to tensors: a cache and a plan of steps come in, micro-batches for the student go out.
 
-This is where numpy becomes torch. A background thread reads ahead, so that disk and decompression hide behind the
-student's passes.
+A background thread reads ahead, so that disk and decompression hide behind the student's passes.
 
-Legend: B batch, T time, K kept, W windows, D width.
+Legend: B batch.
 """
 
 from __future__ import annotations
@@ -15,10 +14,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from cache_spec.reader import CacheReader, TargetBatch
-from train.distiller import DistilBatch, TermCounts, count_terms
+from cache_spec.reader import CacheReader
+from train.distil_batch import DistilBatch, TermCounts, count_terms, to_tensors
 from train.order import EpochOrder, IndexArray
 
 READ_AHEAD = 2
@@ -68,7 +66,7 @@ class MicroBatch:
     blocks: IndexArray
     """int64 [B], block indices."""
     batch: DistilBatch
-    """In host memory; ``on_device`` moves it."""
+    """In host memory; ``to`` moves it."""
     counts: TermCounts
     """Of the whole step."""
     ends_step: bool
@@ -89,7 +87,8 @@ def micro_batches(
     """Yield all micro-batches from ``first_step`` to the end of the run, in order."""
     manifest = reader.manifest
     window = manifest.hidden.window if manifest.hidden else None
-    fingerprint = manifest.fingerprint
+    # Not how targets are kept: caches of one text give one order, whatever their encoding.
+    fingerprint = manifest.corpus.tokens_sha256
     order: EpochOrder | None = None
     for step in range(first_step, plan.total_steps):
         epoch, start = plan.start_of(step)
@@ -114,41 +113,6 @@ def micro_batches(
                 counts=counts,
                 ends_step=number == len(pieces) - 1,
             )
-
-
-def to_tensors(targets: TargetBatch, *, pin_memory: bool = False) -> DistilBatch:
-    """Return decoded targets as host tensors, in the narrow dtypes that travel to the device: int32, float32, float16.
-
-    The one place where numpy becomes torch.
-    """
-
-    def tensor(array: np.ndarray, dtype: type[np.generic]) -> Tensor:
-        made = torch.from_numpy(np.ascontiguousarray(array, dtype=dtype))
-        return made.pin_memory() if pin_memory else made
-
-    return DistilBatch(
-        input_ids_BT=tensor(targets.input_ids_BT, np.int32),
-        lengths_B=tensor(targets.lengths_B, np.int64),
-        head_ids_BTK=tensor(targets.head_ids_BTK, np.int32),
-        head_logprobs_BTK=tensor(targets.head_logprobs_BTK, np.float32),
-        log_normaliser_BT=tensor(targets.log_normaliser_BT, np.float32),
-        log_tail_mass_BT=tensor(targets.log_tail_mass_BT, np.float32),
-        hidden_BWD=None if targets.hidden_BWD is None else tensor(targets.hidden_BWD, np.float16),
-    )
-
-
-def on_device(batch: DistilBatch, device: torch.device) -> DistilBatch:
-    """Move a micro-batch to ``device`` and widen it there to what the loss takes: int64 and float32."""
-    moved = batch.to(device, non_blocking=device.type == "cuda")
-    return DistilBatch(
-        input_ids_BT=moved.input_ids_BT.long(),
-        lengths_B=moved.lengths_B,
-        head_ids_BTK=moved.head_ids_BTK.long(),
-        head_logprobs_BTK=moved.head_logprobs_BTK,
-        log_normaliser_BT=moved.log_normaliser_BT,
-        log_tail_mass_BT=moved.log_tail_mass_BT,
-        hidden_BWD=None if moved.hidden_BWD is None else moved.hidden_BWD.float(),
-    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 # These may change when a run goes on: where things lie, how often something is written, and what moves only the
-# last bits of a float (the order of a sum). `precision` is compared as what it resolves to, beside these settings.
+# last bits of a float (the order of a sum). `precision` and `tail` are compared as what they resolve to.
 CHANGEABLE_ON_RESUME = frozenset(
     {
         "cache",
@@ -69,8 +69,10 @@ class TrainConfig(BaseModel):
     """Weight of one minus the cosine between pooled hidden states."""
     mse_weight: float = Field(default=0.0, ge=0)
     """Weight of the mean squared error between pooled hidden states."""
-    tail: Literal["bucket", "renormalise"] = "bucket"
-    """What stands for the tokens outside the cached head: one bucket with their true mass, or nothing."""
+    tail: Literal["prototype", "bucket", "renormalise", "uniform", "gold"] | None = None
+    """What the mass outside a cached head does: follow the cache's shared distributions, fill one bucket, be dropped
+    and the head rescaled, spread evenly, or go to the text's next token; default: prototype where the cache has them,
+    else bucket."""
 
     epochs: int = Field(default=1, gt=0)
     """Passes over the cache."""

@@ -3,14 +3,14 @@
 In: a batch of blocks with the teacher's cached targets, and the global counts of the accumulation window. Out: the
 loss to call ``backward`` on, and the detached sum of each term.
 
-Legend: B batch, T time, N rows (B x T), V vocabulary, K kept, D width, W windows.
+Legend: B batch, T time, N rows (B x T), V vocabulary, D width, W windows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +19,11 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from cache_spec.errors import BadInputError
-from train.losses import NO_LABEL, SparseTargets, TailTreatment, cosine_sum, head_loss, mse_sum, pool_windows
+from train.distil_batch import DistilBatch, TermCounts
+from train.hidden_losses import cosine_sum, mse_sum, pool_windows
+from train.loss_targets import NO_LABEL
+from train.losses import head_loss
+from train.teacher_targets import TeacherTargets
 
 CHUNK_BYTES = 1 << 26
 
@@ -29,7 +33,7 @@ class LossWeights:
     """The weight of each term in the loss; each term is a mean over its own count."""
 
     kl: float
-    """Of the squared temperature times KL(teacher || student), per real token."""
+    """Of the squared temperature times KL(teacher || student), per real token that has a target."""
     ce: float
     """Of the cross-entropy at temperature 1, per real token that has a next one."""
     cosine: float = 0.0
@@ -41,45 +45,6 @@ class LossWeights:
     def uses_hidden(self) -> bool:
         """Whether any hidden loss has weight."""
         return self.cosine > 0 or self.mse > 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TermCounts:
-    """What each term is divided by: global counts over the accumulation window (all micro-batches, all ranks)."""
-
-    kl_tokens: float
-    """Real tokens."""
-    ce_tokens: float
-    """Real tokens that have a next one in their block."""
-    hidden_windows: float
-    """Windows with at least one real token."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DistilBatch:
-    """Blocks and their targets, as tensors on one device; blocks are packed and padded on the right only."""
-
-    input_ids_BT: Tensor
-    """int64."""
-    lengths_B: Tensor
-    """int64, real tokens in each block."""
-    head_ids_BTK: Tensor
-    """int64, the K most probable tokens after each position."""
-    head_logprobs_BTK: Tensor
-    """float32, nats, temperature 1."""
-    log_normaliser_BT: Tensor
-    """float32, at the training temperature."""
-    log_tail_mass_BT: Tensor
-    """float32, at the training temperature; -inf where the tail is empty."""
-    hidden_BWD: Tensor | None = None
-    """float32, the teacher's last hidden state, mean over each window's real tokens."""
-
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> DistilBatch:
-        """The same batch on a device."""
-        tensors = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "hidden_BWD"}
-        moved: dict[str, Tensor] = {n: t.to(device, non_blocking=non_blocking) for n, t in tensors.items()}
-        hidden = self.hidden_BWD
-        return DistilBatch(**moved, hidden_BWD=None if hidden is None else hidden.to(device, non_blocking=non_blocking))
 
 
 class DistilOutput(NamedTuple):
@@ -102,9 +67,10 @@ class Distiller(nn.Module):
 
     Args:
         student: any causal language model that passes :func:`check_student_head`.
+        targets: makes targets of the loss from cached ones; its vocabulary is what teacher and student share, and
+            further rows of the student's head are padding.
         teacher_width: D of the teacher's hidden states.
-        vocab_size: the real vocabulary that teacher and student share; further rows of the student's head are padding.
-        weights, temperature, tail: of the loss.
+        weights: of the loss.
         window: tokens a pooled hidden state stands for; needed when a hidden loss has weight.
         chunk_rows: rows of logits that exist at a time; by default what fits about 64 MiB of float32.
 
@@ -116,16 +82,15 @@ class Distiller(nn.Module):
         self,
         student: PreTrainedModel,
         *,
+        targets: TeacherTargets,
         teacher_width: int,
-        vocab_size: int,
         weights: LossWeights,
-        temperature: float,
-        tail: TailTreatment = "bucket",
         window: int | None = None,
         chunk_rows: int | None = None,
     ) -> None:
         super().__init__()
         weight_VD, _ = output_head(student)
+        vocab_size = targets.vocab_size
         if weight_VD.shape[0] < vocab_size:
             found = f"{weight_VD.shape[0]} rows"
             raise BadInputError("student-vocabulary", "student", expected=f"at least {vocab_size} rows", found=found)
@@ -138,8 +103,7 @@ class Distiller(nn.Module):
                 hint="set both weights to 0 or cache hidden states",
             )
         self.student = student
-        self.vocab_size, self.weights, self.temperature, self.tail = vocab_size, weights, temperature, tail
-        self.window = window
+        self.targets, self.weights, self.window = targets, weights, window
         self.chunk_rows = chunk_rows or max(1, CHUNK_BYTES // (4 * vocab_size))
         student_width = weight_VD.shape[1]
         self.projection: nn.Linear | None = None
@@ -151,28 +115,27 @@ class Distiller(nn.Module):
 
         DDP and FSDP average gradients over ranks: multiply the loss by the number of ranks before ``backward``.
         """
-        hidden_BTD = last_hidden_state(self.student, batch.input_ids_BT)
-        labels_BT, kl_mask_BT = shift_labels(batch.input_ids_BT, batch.lengths_B)
+        input_ids_BT = batch.input_ids_BT.long()
+        hidden_BTD = last_hidden_state(self.student, input_ids_BT)
+        labels_BT, kl_mask_BT = shift_labels(input_ids_BT, batch.lengths_B)
+        labels_N, kl_mask_N = labels_BT.flatten(), kl_mask_BT.flatten()
+        if self.targets.tail == "gold":
+            # A tail that goes to the next token means nothing where there is none.
+            kl_mask_N = kl_mask_N & (labels_N != NO_LABEL)
         weight_VD, bias_V = output_head(self.student)
         # Called even when both scales are 0: every parameter then gets a gradient, which DDP insists on.
         head = head_loss(
             hidden_BTD.flatten(0, 1),
             weight_VD,
             bias_V,
-            targets=SparseTargets(
-                head_ids_NK=batch.head_ids_BTK.flatten(0, 1),
-                head_logprobs_NK=batch.head_logprobs_BTK.flatten(0, 1),
-                log_normaliser_N=batch.log_normaliser_BT.flatten(),
-                log_tail_mass_N=batch.log_tail_mass_BT.flatten(),
-            ),
-            labels_N=labels_BT.flatten(),
-            kl_mask_N=kl_mask_BT.flatten(),
-            temperature=self.temperature,
-            kl_scale=_scale(self.weights.kl, counts.kl_tokens),
+            targets=self.targets(batch.targets, labels_N),
+            labels_N=labels_N,
+            kl_mask_N=kl_mask_N,
+            temperature=self.targets.temperature,
+            kl_scale=_scale(self.weights.kl, self.kl_count(counts)),
             ce_scale=_scale(self.weights.ce, counts.ce_tokens),
-            tail=self.tail,
             chunk_rows=self.chunk_rows,
-            vocab_size=self.vocab_size,
+            vocab_size=self.targets.vocab_size,
         )
         loss, cosine, mse = head.total, torch.zeros_like(head.kl_sum), torch.zeros_like(head.kl_sum)
         if self.weights.uses_hidden:
@@ -184,6 +147,10 @@ class Distiller(nn.Module):
                 mse = mse_sum(student_BWD, teacher_BWD, mask_BW)
                 loss = loss + _scale(self.weights.mse, counts.hidden_windows) * mse
         return DistilOutput(loss, head.kl_sum, head.ce_sum, cosine.detach(), mse.detach())
+
+    def kl_count(self, counts: TermCounts) -> float:
+        """What the divergence is divided by: positions that have a target."""
+        return counts.ce_tokens if self.targets.tail == "gold" else counts.kl_tokens
 
     def _pooled(self, hidden_BTD: Tensor, batch: DistilBatch) -> tuple[Tensor, Tensor, Tensor]:
         """(student's, in the teacher's width; teacher's; which windows count)."""
@@ -217,13 +184,6 @@ def shift_labels(input_ids_BT: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tenso
     lengths_B1 = lengths_B.unsqueeze(1)
     next_BT = torch.roll(input_ids_BT, shifts=-1, dims=1)
     return torch.where(position_1T + 1 < lengths_B1, next_BT, NO_LABEL), position_1T < lengths_B1
-
-
-def count_terms(lengths_B: Tensor, window: int | None) -> TermCounts:
-    """What one micro-batch adds to the global counts."""
-    windows = 0 if window is None else int((lengths_B + window - 1).div(window, rounding_mode="floor").sum())
-    ce_tokens = int((lengths_B - 1).clamp(min=0).sum())
-    return TermCounts(kl_tokens=int(lengths_B.sum()), ce_tokens=ce_tokens, hidden_windows=windows)
 
 
 def last_hidden_state(student: PreTrainedModel, input_ids_BT: Tensor) -> Tensor:

@@ -4,31 +4,42 @@ In: names of models, text files, a held-out cache. Out: one dictionary of figure
 people. Blocks do not overlap and are predicted one by one, each without the text before it; the first token of a block
 is not predicted. Sums over tokens are in float64.
 
-Legend: B batch, T time, N rows (B x T), C rows of a chunk, V real vocabulary, K kept.
+Legend: B batch, T time, N rows (B x T), C rows of a chunk, V real vocabulary.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 from tqdm import tqdm
 
 from cache_spec.errors import BadInputError, KdpipeError
 from cache_spec.reader import CacheReader
-from train.batches import on_device, to_tensors
-from train.distiller import DistilBatch, shift_labels
+from train.distil_batch import from_numpy, to_tensors
+from train.distiller import shift_labels
 from train.evaluate_config import EvaluateConfig
-from train.losses import SparseTargets
+from train.loss_targets import BucketTargets, DenseTargets, HeadLossTargets
+from train.measures import (
+    Calibration,
+    LabelMeasures,
+    TeacherMeasures,
+    compare_with_bucket,
+    compare_with_logits,
+    measure_labels,
+)
 from train.memory import out_of_memory_at
 from train.run import pick_device
-from train.scorer import FoundModel, Scorer, compare_with_targets, find_model, label_losses, load_scorer, pick_dtype
+from train.scorer import FoundModel, Scorer, find_model, load_scorer, pick_dtype
 from train.student import quiet_transformers
+from train.teacher_targets import TeacherTargets, pick_tail
 from train.text import TokenisedText, read_text
 
 
@@ -38,13 +49,15 @@ def evaluate_models(config: EvaluateConfig, *, quiet: bool = False) -> list[dict
     ``name``, ``parameters``, ``dtype``, ``device``, and
     ``texts``: for each text ``text``, ``num_tokens`` (predicted ones), ``num_bytes`` (UTF-8 bytes they stand for),
     ``loss_nats`` (mean over them), ``perplexity`` (None where it is beyond a float), ``bits_per_byte`` (their total
-    loss in bits by ``num_bytes``) and ``tokens_per_s`` (of the forward passes, output head included);
-    ``cache``: None, or ``cache``, ``temperature``, ``num_tokens``, ``loss_nats``, ``perplexity``, ``tokens_per_s`` as
-    above, ``teacher_loss`` and ``teacher_perplexity`` (the teacher's own on the same tokens), and, over the
-    ``num_positions`` real positions, ``kl_to_teacher`` (nats a position, at the temperature, between distributions
-    over the cached head and one bucket for the rest: a lower bound of the full KL, exact where the head is the whole
-    vocabulary), ``overlap`` (the sum of min(p, q) over the same: an upper bound) and ``agreement`` (how often the most
-    probable token is the teacher's).
+    loss in bits by ``num_bytes``), ``ece`` (expected calibration error of the most probable token against the text's
+    own, in 15 bins of equal width) and ``tokens_per_s`` (of the forward passes, output head included);
+    ``cache``: None, or ``cache``, ``temperature``, ``num_tokens``, ``loss_nats``, ``perplexity``, ``ece``,
+    ``tokens_per_s`` as above, ``teacher_loss`` and ``teacher_perplexity`` (the teacher's own on the same tokens), and,
+    over the ``num_positions`` real positions, ``kl_to_teacher`` (nats a position, at the temperature), ``overlap`` (the
+    sum of min(p, q)) and ``agreement`` (how often the most probable token is the teacher's). ``kl_is`` tells what the
+    cache's encoding allows: ``exact`` over the whole vocabulary; ``lower-bound`` where KL and overlap are between
+    distributions over the cached head and one bucket for the rest, which makes overlap an upper bound; None for drawn
+    targets, which do not tell, and then all three are None.
 
     Texts, cache, tokenizers and configurations are all checked before the first weight is loaded. Raises
     BadInputError, among its kinds ``unknown-model``, ``unreadable-weights``, ``not-a-causal-lm``, ``no-tokenizer``,
@@ -94,15 +107,16 @@ def _measure(
 def _text_figures(
     scorer: Scorer, text: TokenisedText, batch_blocks: int, seen: Callable[[int], object]
 ) -> dict[str, Any]:
-    sum_nats, seconds = 0.0, 0.0
+    sum_nats, seconds, calibration = 0.0, 0.0, Calibration()
     for ids_BT in text.batches(batch_blocks):
-        input_ids_BT = torch.from_numpy(ids_BT).to(scorer.device)
+        input_ids_BT = from_numpy(ids_BT).to(scorer.device)
         lengths_B = torch.full((len(ids_BT),), ids_BT.shape[1], device=scorer.device)
         labels_N = shift_labels(input_ids_BT, lengths_B)[0].flatten()
         started = time.perf_counter()
-        losses = [label_losses(logits_CV, labels_N[rows]) for rows, logits_CV in scorer.logits(input_ids_BT)]
-        sum_nats += float(torch.cat(losses).cpu().double().sum())
+        measures = _joined(measure_labels(logits, labels_N[rows]) for rows, logits in scorer.logits(input_ids_BT))
+        sum_nats += float(measures.loss_C.cpu().double().sum())
         seconds += time.perf_counter() - started
+        calibration.add(measures)
         seen(ids_BT.size)
     num_bytes = text.num_predicted_bytes
     return {
@@ -110,6 +124,7 @@ def _text_figures(
         "num_bytes": num_bytes,
         **_loss(scorer.name, sum_nats, text.num_predicted),
         "bits_per_byte": sum_nats / math.log(2) / num_bytes,
+        "ece": calibration.error,
         "tokens_per_s": round(len(text.ids) / seconds, 1),
     }
 
@@ -118,56 +133,87 @@ def _text_figures(
 def _cache_figures(
     scorer: Scorer, reader: CacheReader, temperature: float, batch_blocks: int, seen: Callable[[int], object]
 ) -> dict[str, Any]:
-    sums, seconds = np.zeros(4), 0.0
+    manifest = reader.manifest
+    # A head is compared with one bucket for the rest, whatever else is known of the tail: that bounds the full figures.
+    teacher = TeacherTargets.of_cache(
+        reader, temperature=temperature, tail="bucket" if pick_tail(None, manifest) else None
+    ).to(scorer.device)
+    sum_nats, seconds, calibration, compared = 0.0, 0.0, Calibration(), np.zeros(len(TeacherMeasures._fields))
+    kind: str | None = None
     num_targets = num_positions = num_run = 0
     teacher_nats = 0.0
-    for start in range(0, reader.manifest.blocks.num_blocks, batch_blocks):
-        blocks = np.arange(start, min(start + batch_blocks, reader.manifest.blocks.num_blocks))
-        batch = on_device(to_tensors(reader.batch(blocks, temperature, with_hidden=False)), scorer.device)
-        labels_BT, mask_BT = shift_labels(batch.input_ids_BT, batch.lengths_B)
+    for start in range(0, manifest.blocks.num_blocks, batch_blocks):
+        blocks = np.arange(start, min(start + batch_blocks, manifest.blocks.num_blocks))
+        batch = to_tensors(reader.batch(blocks, temperature, with_hidden=False)).to(scorer.device)
+        input_ids_BT = batch.input_ids_BT.long()
+        labels_BT, mask_BT = shift_labels(input_ids_BT, batch.lengths_B)
         labels_N, mask_N = labels_BT.flatten(), mask_BT.flatten()
         started = time.perf_counter()
-        measures = [
-            compare_with_targets(logits_CV, labels_N[rows], mask_N[rows], _targets(batch, rows), temperature)
-            for rows, logits_CV in scorer.logits(batch.input_ids_BT)
-        ]
-        sums += torch.cat(measures, dim=1).cpu().double().sum(dim=1).numpy()
+        targets = teacher(batch.targets, labels_N)
+        kind = _kl_kind(targets, manifest.teacher.vocab_size)
+        of_labels: list[LabelMeasures] = []
+        for rows, logits_CV in scorer.logits(input_ids_BT):
+            of_labels.append(measure_labels(logits_CV, labels_N[rows]))
+            measures = _compare(logits_CV, targets, rows, mask_N, temperature)
+            if measures is not None:
+                compared += torch.stack(measures).cpu().double().sum(dim=1).numpy()
+        labels = _joined(of_labels)
+        sum_nats += float(labels.loss_C.cpu().double().sum())
         seconds += time.perf_counter() - started
+        calibration.add(labels)
         targets_B = reader.lengths(blocks).astype(np.int64) - 1
         loss_B = reader.read("block_loss", blocks).astype(np.float64)
         teacher_nats += float((loss_B * targets_B)[targets_B > 0].sum())
         num_targets += int(targets_B.sum())
         num_positions += int(targets_B.sum()) + len(blocks)
-        num_run += batch.input_ids_BT.numel()
+        num_run += input_ids_BT.numel()
         seen(int(targets_B.sum()) + len(blocks))
     if not num_targets:
         raise BadInputError("too-little-text", reader.path, expected="a block of at least 2 tokens")
-    if not np.isfinite(sums).all():
-        raise _non_finite(scorer.name, sums.tolist())
-    loss_nats, kl, agreement, overlap = sums.tolist()
-    teacher = _loss("the cache's teacher", teacher_nats, num_targets)
+    if not np.isfinite([sum_nats, *compared]).all():
+        raise _non_finite(scorer.name, [sum_nats, *compared.tolist()])
+    kl, agreement, overlap = (None if kind is None else total / num_positions for total in compared.tolist())
+    teacher_loss = _loss("the cache's teacher", teacher_nats, num_targets)
     return {
         "cache": str(reader.path),
         "temperature": temperature,
         "num_tokens": num_targets,
         "num_positions": num_positions,
-        **_loss(scorer.name, loss_nats, num_targets),
-        "kl_to_teacher": kl / num_positions,
-        "agreement": agreement / num_positions,
-        "overlap": overlap / num_positions,
-        "teacher_loss": teacher["loss_nats"],
-        "teacher_perplexity": teacher["perplexity"],
+        **_loss(scorer.name, sum_nats, num_targets),
+        "ece": calibration.error,
+        "kl_is": kind,
+        "kl_to_teacher": kl,
+        "agreement": agreement,
+        "overlap": overlap,
+        "teacher_loss": teacher_loss["loss_nats"],
+        "teacher_perplexity": teacher_loss["perplexity"],
         "tokens_per_s": round(num_run / seconds, 1),
     }
 
 
-def _targets(batch: DistilBatch, rows: slice) -> SparseTargets:
-    return SparseTargets(
-        head_ids_NK=batch.head_ids_BTK.flatten(0, 1)[rows],
-        head_logprobs_NK=batch.head_logprobs_BTK.flatten(0, 1)[rows],
-        log_normaliser_N=batch.log_normaliser_BT.flatten()[rows],
-        log_tail_mass_N=batch.log_tail_mass_BT.flatten()[rows],
-    )
+def _joined(chunks: Iterable[LabelMeasures]) -> LabelMeasures:
+    return LabelMeasures(*(torch.cat(measures) for measures in zip(*chunks, strict=True)))
+
+
+def _kl_kind(targets: HeadLossTargets, vocab_size: int) -> str | None:
+    """What the divergence from these targets says of that from the teacher's full distribution; None: nothing."""
+    if isinstance(targets, BucketTargets):
+        return "exact" if targets.ids_NK.shape[1] == vocab_size else "lower-bound"
+    # Of drawn tokens no divergence can be told, only its mean over draws but for a constant.
+    return "exact" if isinstance(targets, DenseTargets) else None
+
+
+def _compare(
+    logits_CV: Tensor, targets: HeadLossTargets, rows: slice, mask_N: Tensor, temperature: float
+) -> TeacherMeasures | None:
+    rows_C = torch.arange(rows.start, rows.stop, device=mask_N.device)
+    chunk, mask_C = targets.rows(rows_C, logits_CV.dtype), mask_N[rows_C]
+    if isinstance(chunk, BucketTargets):
+        return compare_with_bucket(logits_CV, mask_C, chunk, temperature)
+    if isinstance(chunk, DenseTargets):
+        teacher_CV = F.linear(chunk.hidden_ND, chunk.weight_VD, chunk.bias_V)
+        return compare_with_logits(logits_CV, mask_C, teacher_CV, temperature)
+    return None
 
 
 def _loss(name: str, sum_nats: float, num_tokens: int) -> dict[str, float | None]:
@@ -181,18 +227,25 @@ def _non_finite(name: str, found: object) -> KdpipeError:
     return KdpipeError("non-finite-loss", name, expected="finite losses", found=found)
 
 
+_KL_WORDS = {
+    "exact": "exact KL and overlap",
+    "lower-bound": "KL from below and overlap from above",
+    None: "of drawn targets, which tell neither KL nor overlap,",
+}
+
+
 def table(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Lines for people: for each text and for the cache, the models under each other."""
     lines: list[str] = []
     for number, text in enumerate(rows[0]["texts"] if rows else []):
         pairs = [(row, row["texts"][number]) for row in rows]
-        lines += ["", str(text["text"]), *_aligned(_cells(pairs, {"bits_per_byte": "bits/byte"}))]
+        lines += ["", str(text["text"]), *_aligned(_cells(pairs, {"bits_per_byte": "bits/byte", "ece": "ECE"}))]
     if rows and (cache := rows[0]["cache"]) is not None:
-        names = {"kl_to_teacher": "KL", "agreement": "agreement", "overlap": "overlap"}
+        names = {"ece": "ECE", "kl_to_teacher": "KL", "agreement": "agreement", "overlap": "overlap"}
         header, *cells = _cells([(row, row["cache"]) for row in rows], names)
         teacher = ["(the teacher)", "", cells[0][2], _figure(cache["teacher_loss"])]
         teacher += [_figure(cache["teacher_perplexity"], 2), *[""] * (len(header) - 5)]
-        place = f"{cache['cache']}, KL and overlap at temperature {cache['temperature']:g}"
+        place = f"{cache['cache']}, {_KL_WORDS[cache['kl_is']]} at temperature {cache['temperature']:g}"
         lines += ["", place, *_aligned([header, teacher, *cells])]
     return lines[1:]
 

@@ -198,7 +198,7 @@ def model_card(manifest: Manifest, card: Mapping[str, object], architecture: str
         "student": architecture,
         "student parameters": num_parameters,
         "cache fingerprint": manifest.fingerprint,
-        "encoding": f"{encoding.name}, {encoding.k} tokens, steps of {encoding.step_nats:g} nat",
+        "encoding": [encoding.name, encoding.model_dump(mode="json", exclude={"name"})],
         "temperatures in the cache": list(manifest.temperatures),
         "pooled hidden states": f"means of {hidden.window} tokens" if hidden else "none",
         "tokens in the cache": manifest.corpus.num_tokens,
@@ -207,7 +207,7 @@ def model_card(manifest: Manifest, card: Mapping[str, object], architecture: str
     single = {key: value for key, value in card.items() if not isinstance(value, Mapping)}
     sections = {"From": rows, "Run": single} | {k: v for k, v in card.items() if isinstance(v, Mapping)}
     body = "".join(f"\n## {_cell(name)}\n\n{_table(section)}" for name, section in sections.items() if section)
-    intro = "A student distilled with kdpipe from a teacher's cached sparse logits.\n"
+    intro = "A student distilled with kdpipe from a teacher's cached targets.\n"
     return f"---\n{front}---\n\n# {architecture} student of {public_name(teacher.name)}\n\n{intro}{body}"
 
 

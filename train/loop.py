@@ -19,10 +19,11 @@ from tqdm import tqdm
 
 from cache_spec.errors import KdpipeError
 from cache_spec.reader import CacheReader
-from train.batches import MicroBatch, ahead, micro_batches, on_device
+from train.batches import MicroBatch, ahead, micro_batches
 from train.checkpoint import Position, load_latest, refuse_another_run, rng_states, set_rng_states
 from train.config import TrainConfig
-from train.distiller import LossWeights, TermCounts
+from train.distil_batch import TermCounts
+from train.distiller import Distiller
 from train.export import export_student
 from train.interrupts import Interrupted, Interrupts
 from train.memory import out_of_memory_at
@@ -36,6 +37,7 @@ from train.run import (
     open_run,
     pick_device,
     pick_precision,
+    run_identity,
     step_plan,
 )
 from train.run_folder import (
@@ -65,7 +67,7 @@ def train(config: TrainConfig, *, quiet: bool = False) -> dict[str, Any]:
     weights = loss_weights(config, reader)
     device = pick_device(config.device)
     precision = pick_precision(config.precision, device)
-    identity = (reader.manifest.fingerprint, config.result_settings() | {"precision": precision})
+    identity = run_identity(config, reader, precision)
     # transformers gives advice on padding, of which blocks have none that a loss sees.
     with claimed(config.out), quiet_transformers():
         if _goes_on(config, identity):
@@ -92,7 +94,7 @@ def _plan(config: TrainConfig, device: torch.device) -> dict[str, Any]:
     weights = loss_weights(config, reader)
     precision = pick_precision(config.precision, device)
     refuse_foreign(config.out)
-    _goes_on(config, (reader.manifest.fingerprint, config.result_settings() | {"precision": precision}))
+    _goes_on(config, run_identity(config, reader, precision))
     steps = step_plan(config, reader)
     checkpoint = load_latest(config.out / CHECKPOINTS_NAME)
     done = checkpoint.position.step if checkpoint else 0
@@ -111,7 +113,7 @@ def _plan(config: TrainConfig, device: torch.device) -> dict[str, Any]:
         for _ in range(2):  # the first pass also pays for what is set up once
             began = time.perf_counter()
             with autocast(device, precision):
-                output = distiller(on_device(micro.batch, device), micro.counts)
+                output = distiller(micro.batch.to(device), micro.counts)
             output.loss.backward()
             output.loss.item()
             pass_s = time.perf_counter() - began
@@ -254,7 +256,7 @@ def _step(run: Run, batches: Iterator[MicroBatch], interrupts: Interrupts) -> _O
         micro = next(batches)
         assert micro.step == run.position.step
         with autocast(run.device, run.precision):
-            output = run.distiller(on_device(micro.batch, run.device), micro.counts)
+            output = run.distiller(micro.batch.to(run.device), micro.counts)
         output.loss.backward()
         sums.append(torch.stack([tensor.detach().float() for tensor in output]))
         seen.append(micro.blocks)
@@ -272,15 +274,16 @@ def _step(run: Run, batches: Iterator[MicroBatch], interrupts: Interrupts) -> _O
         epoch=epoch,
         learning_rate=rate,
         loss=values[0],
-        terms=_terms(run.distiller.weights, values[1:5], counts),
+        terms=_terms(run.distiller, values[1:5], counts),
         grad_norm=values[5],
         tokens=int(counts.kl_tokens),
     )
 
 
-def _terms(weights: LossWeights, sums: list[float], counts: TermCounts) -> dict[str, float]:
+def _terms(distiller: Distiller, sums: list[float], counts: TermCounts) -> dict[str, float]:
+    weights = distiller.weights
     rows = {
-        "kl": (weights.kl, counts.kl_tokens),
+        "kl": (weights.kl, distiller.kl_count(counts)),
         "ce": (weights.ce, counts.ce_tokens),
         "cosine": (weights.cosine, counts.hidden_windows),
         "mse": (weights.mse, counts.hidden_windows),

@@ -42,7 +42,7 @@ class EpochOrder:
     epoch: int
     """Epoch, from 0."""
     fingerprint: str
-    """Fingerprint of the cache's manifest."""
+    """Digest of the text in the cache."""
     _shards: IndexArray = field(init=False, repr=False)
     _bounds: IndexArray = field(init=False, repr=False)
     _window: tuple[int, IndexArray] | None = field(init=False, repr=False, default=None)

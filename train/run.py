@@ -23,6 +23,7 @@ from train.config import TrainConfig
 from train.distiller import Distiller, LossWeights, check_student_head
 from train.run_folder import CHECKPOINTS_NAME, rebuild_student, save_student_config, set_dropout, write_run
 from train.student import StudentBuild, build_student
+from train.teacher_targets import TeacherTargets, pick_tail
 
 logger = logging.getLogger("kdpipe")
 
@@ -142,11 +143,9 @@ def build_distiller(
     manifest = reader.manifest
     distiller = Distiller(
         student,
+        targets=TeacherTargets.of_cache(reader, temperature=config.temperature, tail=pick_tail(config.tail, manifest)),
         teacher_width=manifest.teacher.hidden_size,
-        vocab_size=manifest.teacher.vocab_size,
         weights=weights,
-        temperature=config.temperature,
-        tail=config.tail,
         window=manifest.hidden.window if manifest.hidden else None,
         chunk_rows=config.chunk_rows,
     ).to(device)
@@ -212,6 +211,12 @@ def pick_precision(name: str, device: torch.device) -> Precision:
     if name == "bf16" and not has_bf16:
         raise BadInputError("no-bf16", f"device {device}", hint="use --precision fp32")
     return "bf16" if name == "bf16" else "fp32"
+
+
+def run_identity(config: TrainConfig, reader: CacheReader, precision: Precision) -> tuple[str, dict[str, Any]]:
+    """Return what a run goes on from and nothing else: the cache's fingerprint, and settings as they resolve."""
+    resolved = {"precision": precision, "tail": pick_tail(config.tail, reader.manifest)}
+    return reader.manifest.fingerprint, config.result_settings() | resolved
 
 
 def loss_weights(config: TrainConfig, reader: CacheReader) -> LossWeights:

@@ -1,11 +1,10 @@
-"""A model that is measured, from its name to what it says of each row of a chunk of logits.
+"""A model that is measured, from its name to its logits.
 
-In: the name of a model, and what it is to be measured on. Out: ``FoundModel``, checked before any weight is loaded;
-``Scorer``, which gives logits chunk by chunk; and a chunk's loss of labels and divergence from cached targets. Logits
-exist for one chunk of rows at a time, over the real vocabulary (padded rows cut off), in float32.
+In: the name of a model, and what it is to be measured on. Out: ``FoundModel``, checked before any weight is loaded, and
+``Scorer``, which gives logits chunk by chunk. Logits exist for one chunk of rows at a time, over the real vocabulary
+(padded rows cut off), in float32.
 
-Legend: B batch, T time, N rows (B x T), C rows of a chunk, V real vocabulary, K kept, M the head and one bucket,
-D width.
+Legend: B batch, T time, N rows (B x T), C rows of a chunk, V real vocabulary, D width.
 """
 
 from __future__ import annotations
@@ -28,7 +27,6 @@ from cache_spec.manifest import Manifest
 from cache_spec.reader import CacheReader
 from train.distiller import CHUNK_BYTES, check_student_head, last_hidden_state, output_head
 from train.evaluate_config import EvaluateConfig
-from train.losses import NO_LABEL, SparseTargets
 from train.student import check_same_vocabulary
 from train.student_config import load_config
 from train.teacher_layers import WEIGHT_PATTERNS, refuse_incomplete
@@ -182,34 +180,3 @@ def _check_reads_left_to_right(name: str, model: PreTrainedModel, device: torch.
     # A model of NaNs passes: its loss says so.
     if change > max(1e-5, 4 * torch.finfo(model.dtype).eps) * logits_BTV.abs().max():
         raise BadInputError("not-a-causal-lm", name, expected="logits of the tokens before", found="it reads ahead")
-
-
-def label_losses(logits_CV: Tensor, labels_C: Tensor) -> Tensor:
-    """Nats of each label, float32 [C]; 0 where there is none."""
-    label_logit_C = logits_CV.gather(1, labels_C.clamp(min=0).unsqueeze(1)).squeeze(1)
-    return torch.where(labels_C != NO_LABEL, logits_CV.logsumexp(dim=1) - label_logit_C, 0.0)
-
-
-def compare_with_targets(
-    logits_CV: Tensor, labels_C: Tensor, mask_C: Tensor, targets: SparseTargets, temperature: float
-) -> Tensor:
-    """Loss, KL, agreement and overlap of each row, float32 [4, C]; 0 where it does not count; overwrites the logits.
-
-    Dense equivalent at K = V: q = softmax(z / T);  KL = sum(p * log(p / q));  overlap = sum(min(p, q)).
-    """
-    head_ids_CK = targets.head_ids_NK
-    loss_C = label_losses(logits_CV, labels_C)
-    agrees_C = logits_CV.argmax(dim=1) == head_ids_CK[:, 0]
-    scaled_CV = logits_CV.div_(temperature)
-    normaliser_C1 = scaled_CV.logsumexp(dim=1, keepdim=True)
-    head_CK = scaled_CV.gather(1, head_ids_CK)
-    tail_C1 = scaled_CV.scatter_(1, head_ids_CK, -torch.inf).logsumexp(dim=1, keepdim=True)
-    log_q_CM = torch.cat([head_CK, tail_C1], dim=1) - normaliser_C1
-    log_p_CK = targets.head_logprobs_NK / temperature - targets.log_normaliser_N.unsqueeze(1)
-    # Stored log-probabilities are rounded, so head and tail sum to one within the rounding; only that is undone here.
-    log_p_CM = torch.cat([log_p_CK, targets.log_tail_mass_N.unsqueeze(1)], dim=1).log_softmax(dim=1)
-    p_CM = log_p_CM.exp()
-    kl_C = torch.where(p_CM > 0, p_CM * (log_p_CM - log_q_CM), 0.0).sum(dim=1)
-    overlap_C = torch.minimum(p_CM, log_q_CM.exp()).sum(dim=1)
-    compared = [torch.where(mask_C, measure_C, 0.0) for measure_C in (kl_C, agrees_C.float(), overlap_C)]
-    return torch.stack([loss_C, *compared])

@@ -16,6 +16,8 @@ from typing import Any
 
 import google_crc32c
 import numpy as np
+import zarr
+from numcodecs import blosc
 
 from cache_spec.layout import array_specs
 from cache_spec.manifest import Manifest
@@ -133,6 +135,28 @@ def values(cache: Path, *, array: str, at: list[int], value: Any) -> None:
     path.write_bytes(encode_shard(spec, rows[:num_rows]))
 
 
+def table(cache: Path, *, name: str, at: list[int], value: float | str, listed: bool = False) -> None:
+    """Change a value of a table, with zarr-python; ``listed`` makes the manifest agree."""
+    array: Any = zarr.open_array(cache / name, mode="r+")
+    array[tuple(at)] = float(value) if isinstance(value, str) else value
+    if listed:
+        digest = sha256(np.ascontiguousarray(array[:]).tobytes())
+        set_field(cache, path="manifest.json", field=["tables", name], value=digest, fingerprint=True)
+
+
+def pack(cache: Path, *, path: str, at: int, put: str) -> None:
+    """Put hexadecimal bytes into the Blosc frame of a table's chunk; its checksum stays valid."""
+    data, new = (cache / path).read_bytes()[:-4], bytes.fromhex(put)
+    data = data[:at] + new + data[at + len(new) :]
+    (cache / path).write_bytes(data + crc32c(data))
+
+
+def bomb(cache: Path, *, path: str, num_bytes: int) -> None:
+    """Write a valid chunk of so many zeros, a small file."""
+    data = blosc.compress(bytes(num_bytes), b"zstd", 3, blosc.SHUFFLE, typesize=4)
+    (cache / path).write_bytes(data + crc32c(data))
+
+
 def index(cache: Path, *, path: str, num_chunks: int, chunk: int, entry: list[int] | None) -> None:
     """Rewrite an entry of a shard's index, offset and size, or empty it; the index stays valid."""
     data = (cache / path).read_bytes()
@@ -193,6 +217,9 @@ OPERATIONS: dict[str, Callable[..., None]] = {
         set_field,
         remove_field,
         values,
+        table,
+        pack,
+        bomb,
         index,
         frame,
         reissue,

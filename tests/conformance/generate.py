@@ -1,4 +1,4 @@
-"""The golden caches of format version 1, rebuilt from a seed.
+"""The golden caches of format version 2, rebuilt from a seed.
 
 In: nothing. Out: a folder with one small finished cache per case. Run ``python -m tests.conformance.generate FOLDER``
 to write them; a released version's caches are never written again, they must open for ever.
@@ -7,89 +7,108 @@ to write them; a released version's caches are never written again, they must op
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-
+from cache_spec.encodings import Encoding
+from cache_spec.encodings.hidden import Hidden
+from cache_spec.encodings.prototype import Prototype
+from cache_spec.encodings.sampled import Sampled
+from cache_spec.encodings.sparsified import Sparsified
+from cache_spec.encodings.topk import TopK
 from cache_spec.manifest import Manifest
-from cache_spec.shardfile import Array
-from tests.synthetic import make_arrays, make_manifest, make_rows, write_cache
+from tests.synthetic import make_manifest, make_rows, write_cache
 
 VALID = Path(__file__).parent / "valid"
-# Functions like exp differ in their last bits between processors; on this grid they agree.
-_FLOAT_GRID = 2.0**20
-_KEPT_LENGTH = 3
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One golden cache: what it shows, and how to make its manifest and rows."""
+    """One golden cache: what it shows, and the arguments of ``make_manifest``."""
 
     claim: str
-    sizes: dict[str, int | None] = field(default_factory=dict)
-    """Arguments of ``make_manifest``."""
-    adapt: Callable[[Manifest, dict[str, Array]], Manifest] = lambda manifest, rows: manifest
-    """Changes rows in place and returns the manifest that describes them."""
+    encoding: Encoding
+    sizes: dict[str, Any] = field(default_factory=dict)
 
 
-def _keep_last_block(manifest: Manifest, rows: dict[str, Array]) -> Manifest:
-    """Make the last block a partial one: three real tokens, padding, means over the real positions only."""
-    blocks, teacher, length = manifest.blocks, manifest.teacher, _KEPT_LENGTH
-    real = make_arrays(
-        num_blocks=1,
-        block_tokens=length,
-        vocab_size=teacher.vocab_size,
-        k=manifest.encoding.k,
-        temperatures=manifest.temperatures,
-        seed=7,
-    )
-    for name in ("input_ids", "head_ids"):
-        rows[name][-1, :length] = real[name][0]
-    for name in ("head_gaps", "log_normaliser", "log_tail_mass"):
-        rows[name][-1, ..., :length] = real[name][0]
-    for name in ("block_loss", "block_entropy"):
-        rows[name][-1] = real[name][0]
-    rows["input_ids"][-1, length:] = manifest.tokenizer.eos_token_id
-    rows["block_lengths"][-1] = length
-    assert manifest.hidden is not None
-    rows["hidden"][-1, -(-length // manifest.hidden.window) :] = 0
-    num_tokens = (blocks.num_blocks - 1) * blocks.block_tokens + length
-    return manifest.model_copy(
-        update={
-            "blocks": blocks.model_copy(update={"last_block": "keep"}),
-            "corpus": manifest.corpus.model_copy(update={"num_tokens": num_tokens}),
-        }
-    )
-
-
+_KEPT_TOKENS = 3
+_SEED = 1
+# Defaults may change; golden caches do not.
+_STEPS: Any = {"levels": 128, "odds_step_nats": 1 / 64}
+_SMALL = {"num_blocks": 2, "shard_blocks": 2, "window": None}
+_TWO_SHARDS = {"num_blocks": 4, "shard_blocks": 2}
 CASES = {
     "plain": Case(
-        claim="two full shards, hidden states, two temperatures",
-        sizes={"num_blocks": 4, "shard_blocks": 2},
+        claim="topk: two full shards, pooled hidden states, two temperatures",
+        encoding=TopK(k=5, **_STEPS),
+        sizes=_TWO_SHARDS,
     ),
     "no-hidden": Case(
         claim="the array hidden is optional",
-        sizes={"num_blocks": 2, "shard_blocks": 2, "window": None},
+        encoding=TopK(k=5, **_STEPS),
+        sizes=_SMALL,
+    ),
+    "pooled-int8": Case(
+        claim="pooled hidden states in 8 bits, with a scale for each dimension of a block; three temperatures",
+        encoding=TopK(k=5, levels=4096, odds_step_nats=1 / 32),
+        sizes=_SMALL | {"window": 2, "hidden_dtype": "int8", "temperatures": (0.5, 1.0, 2.0)},
     ),
     "partial-last-shard": Case(
         claim="the last shard may hold fewer blocks than the others",
+        encoding=TopK(k=5, **_STEPS),
         sizes={"num_blocks": 5, "shard_blocks": 3},
-    ),
-    "whole-vocabulary": Case(
-        claim="with K = V nothing is outside the head: every log tail mass is minus infinity",
-        sizes={"num_blocks": 2, "shard_blocks": 2, "vocab_size": 6, "k": 6, "window": None},
     ),
     "kept-last-block": Case(
         claim="a kept last block is padded, and its windows without real tokens are zero",
+        encoding=TopK(k=5, **_STEPS),
         sizes={"num_blocks": 3, "shard_blocks": 2},
-        adapt=_keep_last_block,
+    ),
+    "whole-vocabulary": Case(
+        claim="with K = V nothing is outside the head",
+        encoding=TopK(k=6, **_STEPS),
+        sizes=_SMALL | {"vocab_size": 6},
     ),
     "wide-ids": Case(
         claim="above 65536 tokens in the vocabulary ids are uint32",
-        sizes={"num_blocks": 2, "shard_blocks": 2, "block_tokens": 4, "vocab_size": 70_000, "window": None},
+        encoding=TopK(k=5, **_STEPS),
+        sizes=_SMALL | {"vocab_size": 70_000, "block_tokens": 4},
+    ),
+    "prototype": Case(
+        claim="prototype: a head and one of three shared tail distributions",
+        encoding=Prototype(k=5, prototypes=3, calibration_tokens=1000, **_STEPS),
+        sizes=_TWO_SHARDS,
+    ),
+    "prototype-residual": Case(
+        claim="prototype: more than 256 of them, and four draws from what they leave over",
+        encoding=Prototype(k=3, prototypes=270, residual_draws=4, seed=5, calibration_tokens=1000, **_STEPS),
+        sizes=_SMALL | {"vocab_size": 8, "hidden_size": 2},
+    ),
+    "sampled": Case(
+        claim="sampled: 20 draws, counts in 8 bits",
+        encoding=Sampled(draws=20, seed=5),
+        sizes=_TWO_SHARDS | {"window": None},
+    ),
+    "sampled-many": Case(
+        claim="sampled: more draws than 8 bits count, from fewer tokens",
+        encoding=Sampled(draws=300, seed=5),
+        sizes=_SMALL | {"vocab_size": 12},
+    ),
+    "sparsified": Case(
+        claim="sparsified: seven tokens each, some exact and some sampled",
+        encoding=Sparsified(k=7, levels=4096, seed=5),
+        sizes=_TWO_SHARDS | {"window": None},
+    ),
+    "hidden": Case(
+        claim="hidden: float16 states and a float16 output head",
+        encoding=Hidden(dtype="float16", head_dtype="float16"),
+        sizes=_TWO_SHARDS,
+    ),
+    "hidden-int8": Case(
+        claim="hidden: int8 states with a scale for each, a float32 output head and its bias",
+        encoding=Hidden(dtype="int8", head_dtype="float32", bias=True),
+        sizes=_SMALL,
     ),
 }
 
@@ -97,13 +116,23 @@ CASES = {
 def write_case(name: str, path: Path) -> None:
     """Write one golden cache."""
     case = CASES[name]
-    manifest = make_manifest(**case.sizes).model_copy(update={"provenance": provenance()})  # type: ignore[arg-type]
-    rows = make_rows(manifest, seed=1)
-    for array in ("log_normaliser", "block_loss", "block_entropy"):
-        rows[array] = (np.rint(rows[array].astype(np.float64) * _FLOAT_GRID) / _FLOAT_GRID + 0.0).astype(np.float32)
-    write_cache(path, case.adapt(manifest, rows), rows)
+    manifest = make_manifest(encoding=case.encoding, **case.sizes).model_copy(update={"provenance": provenance()})
+    if name == "kept-last-block":
+        manifest = _keep_last_block(manifest)
+    write_cache(path, manifest, make_rows(manifest, _SEED), seed=_SEED)
     for hidden in path.glob(".*"):
         hidden.unlink()
+
+
+def _keep_last_block(manifest: Manifest) -> Manifest:
+    """The same with three real tokens in the last block."""
+    num_tokens = manifest.corpus.num_tokens - manifest.blocks.block_tokens + _KEPT_TOKENS
+    return manifest.model_copy(
+        update={
+            "blocks": manifest.blocks.model_copy(update={"last_block": "keep"}),
+            "corpus": manifest.corpus.model_copy(update={"num_tokens": num_tokens}),
+        }
+    )
 
 
 def provenance() -> dict[str, str]:

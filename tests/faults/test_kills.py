@@ -39,7 +39,11 @@ def capture_until_killed(config: CaptureConfig, kill_at: int) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_a_kill_at_any_step_loses_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("encoding", "every"),
+    [({"encoding": "topk", "k": 4}, 5), ({"encoding": "prototype", "k": 4, "prototypes": 2, "residual_draws": 2}, 15)],
+)
+def test_a_kill_at_any_step_loses_nothing(tmp_path: Path, encoding: dict[str, Any], every: int) -> None:
     teacher = make_folder(tmp_path / "teacher", spread=4.0, n_layer=1)
     text = write_words(tmp_path / "text.jsonl", num_documents=4)
 
@@ -49,7 +53,7 @@ def test_a_kill_at_any_step_loses_nothing(tmp_path: Path) -> None:
             text=(str(text),),
             out=tmp_path / name,
             block_tokens=16,
-            k=4,
+            **encoding,
             hidden_window=8,
             shard_blocks=5,
             device="cpu",
@@ -59,7 +63,7 @@ def test_a_kill_at_any_step_loses_nothing(tmp_path: Path) -> None:
     expected = contents(tmp_path / "clean")
     fork = multiprocessing.get_context("fork")
     kills = 0
-    for kill_at in range(1, 1000, 3):
+    for kill_at in range(1, 1000, every):
         child = fork.Process(target=capture_until_killed, args=(config(f"killed-{kill_at}"), kill_at))
         child.start()
         child.join()
@@ -69,5 +73,5 @@ def test_a_kill_at_any_step_loses_nothing(tmp_path: Path) -> None:
         kills += 1
         capture(config(f"killed-{kill_at}"), quiet=True)
         assert contents(tmp_path / f"killed-{kill_at}") == expected, f"killed at call {kill_at}"
-    assert kills > 20
+    assert kills > 60 / every
     assert verify_cache(tmp_path / "killed-1") == []

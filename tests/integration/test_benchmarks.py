@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from benchmarks import faults, memory, quantisation, teacher
+from cache_spec.encodings.topk import TopK
 from pipeline import cli
 from tests.synthetic import make_manifest, make_rows, write_cache
 
@@ -40,15 +41,16 @@ def test_the_memory_benchmark_compares_two_corpora(
     assert report["peak_ratio"] == pytest.approx(report["peak_bytes"]["2"] / report["peak_bytes"]["1"], abs=1e-3)
 
 
-def test_coarser_steps_are_smaller_and_less_exact(
+def test_fewer_levels_are_smaller_and_less_exact(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    manifest = make_manifest(num_blocks=4, shard_blocks=4, block_tokens=64, vocab_size=400, k=16)
+    encoding = TopK(k=16, levels=1024)
+    manifest = make_manifest(num_blocks=4, shard_blocks=4, block_tokens=64, vocab_size=400, encoding=encoding)
     write_cache(tmp_path, manifest, make_rows(manifest))
     rows = run(quantisation, capsys, monkeypatch, tmp_path)
-    fine, *coarse = [row for row in rows if row["stored_as"].startswith("steps")]
-    assert fine["largest_error_nats"] == 0
-    sizes, errors = ([row[key] for row in [fine, *coarse]] for key in ("bytes_per_token", "largest_error_nats"))
+    fine, *coarse = [row for row in rows if "levels" in row["stored_as"]]
+    assert fine["largest_error_of_a_root"] < 1e-6
+    sizes, errors = ([row[key] for row in [fine, *coarse]] for key in ("bytes_per_token", "largest_error_of_a_root"))
     assert sizes == sorted(sizes, reverse=True)
     assert errors == sorted(errors)
 

@@ -12,10 +12,12 @@ import pytest
 
 from cache_spec.commit import commit_shard
 from pipeline import cli, settings
-from pipeline.config import CaptureConfig
+from pipeline.config import CaptureConfig, TranscodeConfig
 from tests.models import make_folder, write_words
 
 SMALL = [
+    "--encoding",
+    "topk",
     "--block-tokens",
     "16",
     "--k",
@@ -78,13 +80,16 @@ def test_flags_go_on_top_of_a_recipe(tmp_path: Path, teacher: Path, text: Path) 
     )
     config = settings.build(CaptureConfig, "cache-teacher", str(recipe), {"k": "8", "temperatures": "1,1.5"})
     assert (config.block_tokens, config.k, config.temperatures) == (64, 8, (1.0, 1.5))
+    config = settings.build(CaptureConfig, "cache-teacher", str(recipe), {"encoding": "sampled", "draws": "9"})
+    assert (config.block_tokens, config.encoding, config.draws) == (64, "sampled", 9)
 
 
 def test_every_shipped_recipe_is_valid() -> None:
     from train.config import TrainConfig
     from train.evaluate_config import EvaluateConfig
 
-    models: dict[str, Any] = {"cache-teacher": CaptureConfig, "train-student": TrainConfig, "evaluate": EvaluateConfig}
+    models: dict[str, Any] = {"cache-teacher": CaptureConfig, "transcode": TranscodeConfig}
+    models |= {"train-student": TrainConfig, "evaluate": EvaluateConfig}
     needed = {"teacher": "t", "text": ("x",), "out": "o", "cache": "c", "models": ("m",)}
     recipes = sorted(settings.RECIPE_FOLDERS[1].glob("*.yaml"))
     assert {p.stem for p in recipes} >= {"demo", "distilgpt2", "smollm2"}
@@ -153,6 +158,27 @@ def test_an_unknown_recipe_names_the_shipped_ones(capsys: pytest.CaptureFixture[
         ["cache-teacher", "--teacher", "t", "--text", "x", "--out", "~nouser-of-ours/o"],
         ["cache-teacher", "--teacher", "t", "--text", "x", "--out", "o\udce9"],
         ["cache-teacher", "--teacher", "t\udce9", "--text", "x", "--out", "o"],
+        ["cache-teacher", "--teacher", "t", "--text", "x", "--out", "o", "--draws", "9"],
+        ["cache-teacher", "--teacher", "t", "--text", "x", "--out", "o", "--encoding", "hidden", "--k", "9"],
+        ["cache-teacher", "--teacher", "t", "--text", "x", "--out", "o", "--encoding", "nonsense"],
+        [
+            "cache-teacher",
+            "--teacher",
+            "t",
+            "--text",
+            "x",
+            "--out",
+            "o",
+            "--hidden-window",
+            "0",
+            "--hidden-dtype",
+            "int8",
+        ],
+        ["cache-teacher", "--teacher", "t", "--text", "x", "--out", "o", "--encoding", "prototype"]
+        + ["--prototypes-from", "c", "--calibration-tokens", "9"],
+        ["transcode", "--out", "o"],
+        ["transcode", "c", "--out", "o", "--encoding", "topk", "--draws", "9"],
+        ["transcode", "c", "--out", "o", "--temperatures", "2,1"],
         ["verify", "c", "--teacher", "t"],
         ["verify", "c", "--gguf-file", "t"],
         ["verify", "c", "--batches", "4"],
@@ -374,9 +400,12 @@ def test_help_imports_nothing_heavy() -> None:
     assert all(command in done.stdout for command in settings.COMMANDS)
 
 
-def test_help_of_a_command_shows_every_setting_with_its_meaning(capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, _ = kdpipe(capsys, "cache-teacher", "--help")
+@pytest.mark.parametrize(("command", "model"), [("cache-teacher", CaptureConfig), ("transcode", TranscodeConfig)])
+def test_help_of_a_command_shows_every_setting_with_its_meaning(
+    capsys: pytest.CaptureFixture[str], command: str, model: Any
+) -> None:
+    code, out, _ = kdpipe(capsys, command, "--help")
     assert code == 0
-    for name, field in CaptureConfig.model_fields.items():
-        assert "--" + name.replace("_", "-") in out
+    for name, field in model.model_fields.items():
+        assert ("[CACHE]" if name == "cache" else "--" + name.replace("_", "-")) in out
         assert field.description

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,15 +14,18 @@ import pytest
 import zarr
 
 from cache_spec.commit import commit_shard, create_cache
+from cache_spec.encodings.hidden import Hidden
 from cache_spec.errors import BadInputError, CacheError
-from cache_spec.layout import array_specs
+from cache_spec.layout import array_specs, zarr_metadata
 from cache_spec.manifest import Manifest, differences, sha256_hex
 from cache_spec.reader import CacheReader
 from cache_spec.receipts import read_receipt, receipt_path, write_seal
-from cache_spec.shardfile import Array
-from cache_spec.topk import decode_gaps
+from cache_spec.tables import read_table
+from cache_spec.targets import Array, HeadTargets, HiddenTargets, PointTargets, Targets
 from cache_spec.validate import verify_cache
-from tests.synthetic import make_manifest, make_rows, shard_rows, write_cache
+from tests.conformance.generate import VALID
+from tests.refusals import refused
+from tests.synthetic import ENCODINGS, make_manifest, make_rows, make_tables, shard_rows, write_cache
 
 
 @pytest.fixture
@@ -66,14 +70,101 @@ def test_what_zarr_python_writes_is_read_by_the_direct_path(cache: Path) -> None
         np.testing.assert_array_equal(CacheReader.open(cache).read(name, [0, 1, 2]), np.asarray(array[0:3]))
 
 
-def test_batch_holds_logprobs_normalised_at_each_temperature(cache: Path) -> None:
+def test_a_batch_holds_a_descending_head_and_the_tail_of_its_temperature(cache: Path) -> None:
     reader = CacheReader.open(cache)
-    for temperature in reader.manifest.temperatures:
-        batch = reader.batch([2, 5], temperature)
-        head = np.exp(batch.head_logprobs_BTK / temperature - batch.log_normaliser_BT[..., None])
-        total = head.sum(-1) + np.exp(batch.log_tail_mass_BT)
-        np.testing.assert_allclose(total, 1.0, atol=reader.manifest.encoding.step_nats)
-        assert (np.diff(batch.head_logprobs_BTK, axis=-1) <= 0).all()
+    cold, hot = (head_targets(reader, [2, 5], temperature) for temperature in reader.manifest.temperatures)
+    np.testing.assert_array_equal(cold.ids_BTK, hot.ids_BTK)
+    np.testing.assert_array_equal(cold.logprobs_BTK, hot.logprobs_BTK)
+    assert (np.diff(cold.logprobs_BTK, axis=-1) <= 0).all()
+    assert (hot.tail_log_odds_BT > cold.tail_log_odds_BT).all(), "heat moves mass to the tail"
+
+
+def head_targets(reader: CacheReader, blocks: list[int], temperature: float) -> HeadTargets:
+    targets = reader.batch(blocks, temperature).targets
+    assert isinstance(targets, HeadTargets)
+    return targets
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("topk", HeadTargets),
+        ("prototype", HeadTargets),
+        ("sampled", PointTargets),
+        ("sparsified", PointTargets),
+        ("hidden", HiddenTargets),
+    ],
+)
+def test_every_encoding_is_written_verified_and_decoded(tmp_path: Path, name: str, kind: type[Targets]) -> None:
+    manifest = make_manifest(encoding=ENCODINGS[name], hidden_dtype="int8")
+    rows, tables = make_rows(manifest), make_tables(manifest)
+    write_cache(tmp_path, manifest, rows)
+    assert verify_cache(tmp_path) == []
+    reader = CacheReader.open(tmp_path)
+    batch = reader.batch([3, 0], 2.0)
+    assert isinstance(batch.targets, kind)
+    assert batch.hidden_BWD is not None
+    np.testing.assert_array_equal(batch.hidden_BWD, (rows["hidden"] * rows["hidden_scale"][:, None])[[3, 0]])
+    assert set(tables) == set(reader.manifest.tables)
+    for table, values in tables.items():
+        np.testing.assert_array_equal(reader.table(table), values)
+
+
+def test_a_cache_of_hidden_states_serves_any_positive_temperature(tmp_path: Path) -> None:
+    manifest = make_manifest(encoding=ENCODINGS["hidden"], temperatures=(1.0,))
+    write_cache(tmp_path, manifest, make_rows(manifest))
+    reader = CacheReader.open(tmp_path)
+    first, second = (reader.batch([1], temperature).targets for temperature in (1.0, 0.7))
+    assert isinstance(first, HiddenTargets)
+    assert isinstance(second, HiddenTargets)
+    np.testing.assert_array_equal(first.hidden_BTD, second.hidden_BTD)
+    for temperature in (0.0, -1.0, float("inf"), float("nan")):
+        refused("undeclared-temperature", reader.batch, [1], temperature)
+
+
+def test_large_tables_lie_in_chunks_and_read_back_equal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of a few rows, the last of them padded; zeros are written too."""
+    monkeypatch.setattr("cache_spec.layout.TABLE_CHUNK_BYTES", 1000)
+    manifest = make_manifest(encoding=ENCODINGS["prototype"].model_copy(update={"prototypes": 23}))
+    rows, tables = make_rows(manifest), make_tables(manifest)
+    manifest = write_cache(tmp_path, manifest, rows)
+    assert len(list((tmp_path / "prototypes").glob("c.*"))) == 2 * 3
+    np.testing.assert_array_equal(read_table(tmp_path, manifest, "prototypes"), tables["prototypes"])
+    group = zarr.open_group(tmp_path, mode="r")
+    np.testing.assert_array_equal(np.asarray(group["prototypes"]), tables["prototypes"])
+    assert verify_cache(tmp_path) == []
+
+
+def test_a_table_of_zeros_is_not_taken_for_a_missing_one(tmp_path: Path) -> None:
+    manifest = make_manifest(encoding=ENCODINGS["prototype"])
+    tables = make_tables(manifest)
+    tables["prototypes"][1] = 0
+    manifest = create_cache(tmp_path, manifest, tables)
+    np.testing.assert_array_equal(read_table(tmp_path, manifest, "prototypes"), tables["prototypes"])
+    (tmp_path / "prototypes" / "c.1.0.0").unlink()
+    refused("missing-table", read_table, tmp_path, manifest, "prototypes")
+
+
+def test_a_reader_refuses_every_changed_byte_of_a_table(tmp_path: Path) -> None:
+    manifest = make_manifest(encoding=ENCODINGS["prototype"])
+    manifest = create_cache(tmp_path, manifest, make_tables(manifest))
+    path = tmp_path / "prototypes" / "c.1.0.0"
+    data = path.read_bytes()
+    for position in range(len(data)):
+        path.write_bytes(data[:position] + bytes([data[position] ^ 0x41]) + data[position + 1 :])
+        refused("table-mismatch", read_table, tmp_path, manifest, "prototypes")
+    for size in range(len(data)):
+        path.write_bytes(data[:size])
+        refused("table-mismatch", read_table, tmp_path, manifest, "prototypes")
+
+
+def test_a_table_beyond_any_memory_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    long = make_manifest(vocab_size=1 << 30, encoding=Hidden(bias=True))
+    message = refused("bad-chunk", read_table, tmp_path, long, "output_bias")
+    assert f"expected at most {1 << 30} bytes in a chunk, found {1 << 32}" in message
+    large = make_manifest(vocab_size=1 << 19, hidden_size=1 << 17, window=None, encoding=Hidden())
+    message = refused("bad-chunk", read_table, tmp_path, large, "output_head")
+    assert f"expected at most {1 << 36} bytes in a table, found {1 << 38}" in message
 
 
 def test_an_undeclared_temperature_is_refused_with_the_grid(cache: Path) -> None:
@@ -164,8 +255,8 @@ def test_an_unknown_version_is_refused_before_anything_else(cache: Path) -> None
 
     path = cache / "manifest.json"
     body = load_sealed(path.read_bytes(), path)
-    path.write_bytes(seal_json({**body, "format_version": 2, "unheard_of": 1}))
-    with pytest.raises(CacheError, match=r"unknown-version.*expected format_version 1, found 2"):
+    path.write_bytes(seal_json({**body, "format_version": 3, "unheard_of": 1}))
+    with pytest.raises(CacheError, match=r"unknown-version.*expected format_version 2, found 3"):
         CacheReader.open(cache)
 
 
@@ -178,17 +269,11 @@ def test_fingerprint_covers_what_changes_bytes_and_nothing_else() -> None:
 
 
 def test_manifest_bytes_round_trip_and_any_changed_byte_is_refused() -> None:
-    data = make_manifest().to_json()
+    data = make_manifest(encoding=ENCODINGS["prototype"]).to_json()
     assert Manifest.from_json(data, "manifest").to_json() == data
     for position in range(len(data)):
         with pytest.raises(CacheError):
             Manifest.from_json(data[:position] + bytes([data[position] ^ 1]) + data[position + 1 :], "manifest")
-
-
-def test_gaps_that_overflow_are_refused() -> None:
-    gaps = np.full((1, 3, 2), 40_000, np.uint16)
-    with pytest.raises(CacheError, match="gap-overflow"):
-        decode_gaps(gaps, 1 / 256)
 
 
 def test_verify_finds_nothing_in_a_whole_cache(cache: Path) -> None:
@@ -219,11 +304,12 @@ def test_verify_names_an_unfinished_cache(tmp_path: Path) -> None:
         ("input_ids", lambda a: np.full_like(a, 50), "id-out-of-range"),
         ("head_ids", lambda a: np.zeros_like(a), "repeated-id"),
         ("block_lengths", lambda a: np.zeros_like(a), "bad-length"),
-        ("log_normaliser", lambda a: np.full_like(a, np.nan), "non-finite"),
         ("hidden", lambda a: np.full_like(a, np.inf), "non-finite"),
-        ("log_tail_mass", lambda a: np.full_like(a, 1), "bad-tail-mass"),
-        ("log_tail_mass", lambda a: np.full_like(a, 0), "mass-not-one"),
-        ("head_gaps", lambda a: np.full_like(a, 60_000), "gap-overflow"),
+        ("tail_log_odds", lambda a: np.full_like(a, 1000), "bad-tail-mass"),
+        ("tail_log_odds", lambda a: np.full_like(a, -1000), "mass-not-one"),
+        ("tail_log_odds", lambda a: np.ascontiguousarray(a[:, ::-1]), "bad-tail-mass"),
+        ("head_gaps", lambda a: np.full_like(a, 100), "gap-overflow"),
+        ("head_gaps", lambda a: np.full_like(a, 0), "mass-not-one"),
     ],
 )
 def test_verify_finds_meaningless_values_under_valid_digests(
@@ -241,19 +327,30 @@ def test_verify_refuses_paths_that_leave_the_cache(tmp_path: Path) -> None:
     assert [problem.kind for problem in verify_cache(tmp_path / "cache")] == ["unsafe-path"]
 
 
-def test_verify_finds_every_single_byte_change(tmp_path: Path) -> None:
-    manifest = make_manifest(num_blocks=2, shard_blocks=2)
-    write_cache(tmp_path, manifest, make_rows(manifest))
+def test_verify_finds_every_single_byte_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """200 places of a golden cache with tables: half in files chosen at random, half by their sizes."""
+    implied: dict[bytes, dict[str, bytes]] = {}
+
+    def implied_metadata(manifest: Manifest) -> dict[str, bytes]:
+        if manifest.to_json() not in implied:
+            implied[manifest.to_json()] = zarr_metadata(manifest)
+        return implied[manifest.to_json()]
+
+    # It follows from the manifest alone, and to make it is most of the time that such a small cache takes.
+    monkeypatch.setattr("cache_spec.validate.zarr_metadata", implied_metadata)
+    cache = shutil.copytree(VALID / "prototype", tmp_path / "cache")
     rng = np.random.default_rng(5)
-    files = [p for p in sorted(tmp_path.rglob("*")) if p.is_file() and p.stat().st_size]
-    for _ in range(60):
-        path = files[rng.integers(len(files))]
+    files = [p for p in sorted(cache.rglob("*")) if p.is_file() and p.stat().st_size]
+    changes = [files[at] for at in rng.integers(len(files), size=100)]
+    sizes = np.array([path.stat().st_size for path in files])
+    changes += [files[at] for at in rng.choice(len(files), size=100, p=sizes / sizes.sum())]
+    for path in changes:
         data = path.read_bytes()
         position = int(rng.integers(len(data)))
         path.write_bytes(data[:position] + bytes([data[position] ^ int(rng.integers(1, 256))]) + data[position + 1 :])
-        assert verify_cache(tmp_path), f"{path} byte {position}"
+        assert verify_cache(cache), f"{path} byte {position}"
         path.write_bytes(data)
-    assert verify_cache(tmp_path) == []
+    assert verify_cache(cache) == []
 
 
 def test_a_file_system_without_hard_links_still_publishes_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -138,10 +138,20 @@ def test_a_file_that_the_system_cuts_short_leaves_nothing_behind(
     assert contents(tmp_path) == {"c.0": b"old"}
 
 
-def test_bytes_that_read_back_differently_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Path, "read_bytes", lambda path: b"rot")
+@pytest.mark.parametrize("size", [4, 3 << 20])
+@pytest.mark.parametrize("rot", ["changed", "shorter", "longer"])
+def test_bytes_that_read_back_differently_are_refused(
+    size: int, rot: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def rotten(handle: int) -> None:
+        if rot == "changed":
+            os.pwrite(handle, b"x", size - 1)
+        else:
+            os.ftruncate(handle, size - 1 if rot == "shorter" else size + 1)
+
+    monkeypatch.setattr(os, "fsync", rotten)
     with refused() as caught:
-        write_temporary(tmp_path / "c.0", b"data")
+        write_temporary(tmp_path / "c.0", bytes(size))
     assert "reads back differently" in str(caught.value)
     assert list(tmp_path.iterdir()) == []
 

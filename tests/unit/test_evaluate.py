@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
@@ -21,73 +20,27 @@ from transformers import PreTrainedTokenizerFast
 
 import train.scorer
 from cache_spec.errors import KdpipeError
-from cache_spec.reader import CacheReader
-from cache_spec.topk import encode_gaps
 from pipeline.cli import run
-from tests.models import make_model
+from tests.evaluation import (
+    BLOCK,
+    PADDED,
+    POSITIONS,
+    TEXT,
+    WORDS,
+    V,
+    evaluate,
+    naive_logprobs,
+    save_cache,
+    save_model,
+    save_tokenizer,
+)
 from tests.refusals import refusal
 from tests.synthetic import make_manifest, make_rows, write_cache
-from train.evaluate import evaluate_models, table
+from train.evaluate import table
 from train.evaluate_config import EvaluateConfig
 from train.export import export_student
 from train.student import build_student
 from train.text import DOCUMENT_GAP, read_text, tokenise
-
-BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
-WORDS = [*BYTES, "<eos>", "th", "the", "Ġthe"]
-V = len(WORDS)
-PADDED = V + 11
-POSITIONS = 32
-BLOCK = 16
-TEXT = "the cat and the naïve café – 猫 😀 – sat on the mat, the end of the tale.\n" * 3
-SIZES = {"hidden_size": 16, "max_position_embeddings": POSITIONS}
-LOGITS: dict[str, dict[str, Any]] = {
-    "granite": {"logits_scaling": 8.0},
-    "gemma2": {"head_dim": 8, "final_logit_softcapping": 3.0},
-}
-"""What makes logits more than a linear map of hidden states, by family."""
-
-
-def save_tokenizer(folder: Path, words: list[str] = WORDS) -> PreTrainedTokenizerFast:
-    merges = [("t", "h"), ("th", "e"), ("Ġ", "the")]
-    tokenizer = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
-    fast.save_pretrained(folder)
-    return fast
-
-
-def save_model(folder: Path, family: str = "gpt2", *, rows: int = V, std: float = 0.3, **changes: Any) -> Any:
-    """A random model of real size ``V`` with its tokenizer beside it."""
-    special = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
-    model = make_model(family, std=std, vocab_size=rows, **SIZES, **LOGITS.get(family, {}), **special, **changes)
-    model.save_pretrained(folder)
-    save_tokenizer(folder)
-    return model.eval()
-
-
-def save_cache(folder: Path, *, k: int, last_length: int | None = None, **changes: Any) -> CacheReader:
-    """A random teacher's cache of the models' vocabulary."""
-    manifest = make_manifest(**{"vocab_size": V, "padded_vocab_size": PADDED, "k": k, "block_tokens": 8, **changes})
-    rows = make_rows(manifest, seed=5)
-    if last_length is not None:
-        rows["block_lengths"][-1] = last_length
-    write_cache(folder, manifest, rows)
-    save_tokenizer(folder / "tokenizer")
-    return CacheReader.open(folder)
-
-
-def evaluate(model: Path, **settings: Any) -> dict[str, Any]:
-    config = EvaluateConfig(**{"models": (str(model),), "block_tokens": BLOCK, "device": "cpu", **settings})
-    (row,) = evaluate_models(config, quiet=True)
-    return row
-
-
-def naive_logprobs(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    """float64 log-probabilities [T, V] over the real vocabulary, one block at a time."""
-    with torch.no_grad():
-        logits: torch.Tensor = model.double()(input_ids=ids.long()[None]).logits[0, :, :V]
-    return logits.log_softmax(dim=-1)
 
 
 def naive_loss(model: Any, blocks: list[torch.Tensor]) -> tuple[float, int]:
@@ -127,6 +80,7 @@ def test_figures_on_text_equal_naive_ones_for_linear_scaled_and_capped_heads(
     assert figures["loss_nats"] == pytest.approx(nats / count, rel=1e-5)
     assert figures["perplexity"] == pytest.approx(math.exp(nats / count), rel=1e-4)
     assert figures["bits_per_byte"] == pytest.approx(nats / math.log(2) / figures["num_bytes"], rel=1e-5)
+    assert 0 < figures["ece"] < 1
     assert figures["tokens_per_s"] > 0
     assert row["cache"] is None
 
@@ -196,82 +150,7 @@ def test_half_precision_stays_close(tmp_path: Path, text: Path) -> None:
     assert half["texts"][0]["loss_nats"] == pytest.approx(whole["texts"][0]["loss_nats"], rel=0.05)
 
 
-# --- a cache
-
-
-def naive_cache_figures(model: Any, reader: CacheReader, temperature: float) -> dict[str, float]:
-    """Every figure token by token, in float64, from the reader's decoded targets."""
-    manifest = reader.manifest
-    batch = reader.batch(np.arange(manifest.blocks.num_blocks), temperature)
-    loss, kl, agreement, overlap = [], [], [], []
-    for block, length in enumerate(batch.lengths_B.astype(int)):
-        ids = torch.from_numpy(batch.input_ids_BT[block].astype(np.int64))
-        logprobs = naive_logprobs(model, ids)
-        for at in range(length):
-            if at + 1 < length:
-                loss.append(-float(logprobs[at, ids[at + 1]]))
-            head = torch.from_numpy(batch.head_ids_BTK[block, at].astype(np.int64))
-            in_head = torch.from_numpy(batch.head_logprobs_BTK[block, at]).double() / temperature
-            p_head = (in_head - float(batch.log_normaliser_BT[block, at])).exp()
-            tail = torch.tensor([math.exp(batch.log_tail_mass_BT[block, at])], dtype=torch.float64)
-            p = torch.cat([p_head, tail])
-            q_all = (logprobs[at] / temperature).softmax(dim=0)
-            q_rest = q_all.clone()
-            q_rest[head] = 0.0
-            q = torch.cat([q_all[head], q_rest.sum()[None]])
-            p = p / p.sum()
-            kl.append(float(torch.where(p > 0, p * (p / q).log(), 0.0).sum()))
-            overlap.append(float(torch.minimum(p, q).sum()))
-            agreement.append(float(q_all.argmax() == head[0]))
-    pairs = {"loss_nats": loss, "kl_to_teacher": kl, "agreement": agreement, "overlap": overlap}
-    return {name: sum(values) / len(values) for name, values in pairs.items()}
-
-
-@pytest.mark.usefixtures("small_chunks")
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
-@pytest.mark.parametrize("k", [4, V])
-@pytest.mark.parametrize(("family", "rows"), [("gpt2", PADDED), ("granite", V)])
-def test_figures_on_a_cache_equal_naive_ones(
-    tmp_path: Path, family: str, rows: int, k: int, temperature: float
-) -> None:
-    model = save_model(tmp_path / "model", family, rows=rows)
-    reader = save_cache(tmp_path / "cache", k=k, last_length=3)
-    figures = evaluate(tmp_path / "model", cache=reader.path, temperature=temperature, batch_blocks=3)["cache"]
-    for name, expected in naive_cache_figures(model, reader, temperature).items():
-        assert figures[name] == pytest.approx(expected, rel=2e-5), name
-    lengths = reader.lengths(range(7)).astype(int)
-    losses = reader.read("block_loss", range(7))
-    assert (figures["num_tokens"], figures["num_positions"]) == (lengths.sum() - 7, lengths.sum())
-    assert figures["teacher_loss"] == pytest.approx((losses * (lengths - 1)).sum() / (lengths - 1).sum(), rel=1e-6)
-
-
-def test_a_short_head_bounds_the_full_divergence_below_and_the_overlap_above(tmp_path: Path) -> None:
-    save_model(tmp_path / "model")
-    caches = [save_cache(tmp_path / f"cache-{k}", k=k) for k in (2, 20, V)]
-    few, more, every = (evaluate(tmp_path / "model", cache=cache.path)["cache"] for cache in caches)
-    assert few["kl_to_teacher"] < more["kl_to_teacher"] < every["kl_to_teacher"]
-    assert few["overlap"] > more["overlap"] > every["overlap"]
-    assert few["loss_nats"] == every["loss_nats"]
-
-
-@pytest.mark.parametrize("k", [4, V])
-def test_a_teacher_measured_on_its_own_cache_agrees_with_itself(tmp_path: Path, k: int) -> None:
-    model = save_model(tmp_path / "model", rows=PADDED, std=0.6)
-    manifest = make_manifest(vocab_size=V, padded_vocab_size=PADDED, k=k, block_tokens=8, temperatures=(1.0,))
-    rows = make_rows(manifest)
-    logprobs = torch.stack([naive_logprobs(model, torch.from_numpy(ids.astype(int))) for ids in rows["input_ids"]])
-    head_logprobs, head_ids = logprobs.topk(k, dim=-1)
-    rows["head_ids"] = head_ids.numpy().astype(np.uint16)
-    rows["head_gaps"] = encode_gaps(head_logprobs.numpy(), manifest.encoding.step_nats)
-    rows["log_normaliser"] = np.zeros_like(rows["log_normaliser"])
-    tail = logprobs.scatter(-1, head_ids, -torch.inf).logsumexp(dim=-1)
-    rows["log_tail_mass"] = tail.numpy()[:, None].astype(np.float16)
-    write_cache(tmp_path / "cache", manifest, rows)
-    save_tokenizer(tmp_path / "cache" / "tokenizer")
-    figures = evaluate(tmp_path / "model", cache=tmp_path / "cache")["cache"]
-    assert 0 <= figures["kl_to_teacher"] < 1e-5
-    assert figures["agreement"] == 1.0
-    assert figures["overlap"] == pytest.approx(1.0, abs=1e-3)
+# --- text and a cache
 
 
 def test_a_model_without_tokenizer_is_measured_on_a_cache_but_not_on_text(tmp_path: Path, text: Path) -> None:
@@ -481,21 +360,28 @@ def test_command_prints_one_row_for_each_model(tmp_path: Path, text: Path, capsy
 
 
 def test_table_aligns_columns_and_shows_teacher_and_models_under_each_other() -> None:
-    on_text = {"text": "a.txt", "num_tokens": 1000, "loss_nats": 2.5, "perplexity": None, "tokens_per_s": 10.0}
+    on_text = {"text": "a.txt", "num_tokens": 1000, "loss_nats": 2.5, "perplexity": None, "ece": 0.05}
+    on_text |= {"bits_per_byte": 1.25, "tokens_per_s": 10.0}
     on_cache = {"cache": "held", "temperature": 2.0, "num_tokens": 9, "loss_nats": 3.0, "perplexity": 20.0}
-    on_cache |= {"kl_to_teacher": 0.5, "agreement": 0.25, "overlap": 0.75, "tokens_per_s": 10.0}
-    on_cache |= {"teacher_loss": 2.0, "teacher_perplexity": 7.0}
-    row = {"name": "a-model", "parameters": 1234, "texts": [{**on_text, "bits_per_byte": 1.25}], "cache": on_cache}
+    on_cache |= {"ece": 0.125, "kl_is": "exact", "kl_to_teacher": 0.5, "agreement": 0.25, "overlap": 0.75}
+    on_cache |= {"tokens_per_s": 10.0, "teacher_loss": 2.0, "teacher_perplexity": 7.0}
+    row = {"name": "a-model", "parameters": 1234, "texts": [on_text], "cache": on_cache}
     assert table([row]) == [
         "a.txt",
-        "model    parameters  tokens    loss  perplexity  bits/byte  tokens/s",
-        "a-model       1,234   1,000  2.5000           -     1.2500        10",
+        "model    parameters  tokens    loss  perplexity  bits/byte     ECE  tokens/s",
+        "a-model       1,234   1,000  2.5000           -     1.2500  0.0500        10",
         "",
-        "held, KL and overlap at temperature 2",
-        "model          parameters  tokens    loss  perplexity      KL  agreement  overlap  tokens/s",
+        "held, exact KL and overlap at temperature 2",
+        "model          parameters  tokens    loss  perplexity     ECE      KL  agreement  overlap  tokens/s",
         "(the teacher)                   9  2.0000        7.00",
-        "a-model             1,234       9  3.0000       20.00  0.5000     0.2500   0.7500        10",
+        "a-model             1,234       9  3.0000       20.00  0.1250  0.5000     0.2500   0.7500        10",
     ]
+    drawn = {**on_cache, "kl_is": None, "kl_to_teacher": None, "agreement": None, "overlap": None}
+    lines = table([{**row, "texts": [], "cache": drawn}])
+    assert "drawn" in lines[0]
+    assert lines[-1].split()[-5:] == ["0.1250", "-", "-", "-", "10"]
+    bounds = table([{**row, "texts": [], "cache": {**on_cache, "kl_is": "lower-bound"}}])
+    assert "KL from below" in bounds[0]
     assert table([]) == []
 
 

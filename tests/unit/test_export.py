@@ -121,7 +121,7 @@ def test_the_card_tells_where_the_student_comes_from_and_no_local_path(setup: Se
     header = yaml.safe_load(front)
     assert "kdpipe" in header["tags"]
     assert "license" not in header
-    for expected in (setup.manifest.fingerprint, "topk, 4 tokens", "1234", "teacher", "3456", "kl", "3.25", "a/b"):
+    for expected in (setup.manifest.fingerprint, "topk, k: 4", "1234", "teacher", "3456", "kl", "3.25", "a/b"):
         assert expected in body
     for folder in ("/home", "/mnt", "C:\\", os.sep + "tmp"):
         assert folder not in text

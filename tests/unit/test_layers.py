@@ -129,13 +129,13 @@ from cache_spec.reader import CacheReader
 from cache_spec.validate import verify_cache
 import cache_spec.commit
 batch = CacheReader.open({cache!r}).batch([3, 0], 2.0)
-assert batch.head_logprobs_BTK.shape == (2, 8, 5)
+assert batch.targets.logprobs_BTK.shape == (2, 8, 5)
 assert verify_cache({cache!r}) == []
 """
 
 
 def test_a_cache_is_read_and_verified_with_torch_and_dask_not_importable() -> None:
-    cache = ROOT / "tests" / "conformance" / "valid" / "plain"
+    cache = ROOT / "tests" / "conformance" / "valid" / "prototype"
     script = READ_WITHOUT_HEAVY_PACKAGES.replace("{forbidden}", repr(FORBIDDEN["cache_spec"])).replace(
         "{cache!r}", f"__import__('pathlib').Path({str(cache)!r})"
     )
