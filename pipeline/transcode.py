@@ -21,8 +21,8 @@ from tqdm import tqdm
 from cache_spec.commit import commit_shard
 from cache_spec.encodings import Encoding
 from cache_spec.encodings.hidden import Hidden, encode_int8
-from cache_spec.encodings.prototype import Prototype, encode_ranks, token_order
-from cache_spec.encodings.topk import Head, TopK, encode_gaps, encode_odds
+from cache_spec.encodings.prototype import Prototype, encode_ranks, encode_residual, token_order
+from cache_spec.encodings.topk import EMPTY_TAIL, Head, TopK, encode_gaps, encode_odds
 from cache_spec.errors import BadInputError, WouldLoseDataError
 from cache_spec.manifest import HiddenInfo, Manifest, differences
 from cache_spec.reader import CacheReader
@@ -190,10 +190,14 @@ class Transcoding:
         rows_BT = stored["tail_prototype"]
         arrays["tail_prototype"] = rows_BT
         # Ranks are places in the order at the first temperature, which may be another one now.
-        arrays["head_ranks"] = encode_ranks(ids_BTK, rows_BT, token_order(tables["prototypes"])).astype(g.id_dtype)
+        order_CV = token_order(tables["prototypes"])
+        arrays["head_ranks"] = encode_ranks(ids_BTK, rows_BT, order_CV)
         if new.residual_draws:
-            for name in ("residual_ids", "residual_log_mass"):
-                arrays[name] = np.ascontiguousarray(stored[name][:, at])
+            masses_BMT = np.ascontiguousarray(stored["residual_log_mass"][:, at])
+            draws = [d.residual_ids_BTS for d in decoded if d.residual_ids_BTS is not None]
+            ranks_BTMS = np.stack([encode_ranks(ids_BTS, rows_BT, order_CV) for ids_BTS in draws], 2)
+            arrays["residual_log_mass"] = masses_BMT
+            arrays["residual_ranks"] = encode_residual(ranks_BTMS, masses_BMT.swapaxes(1, 2) != EMPTY_TAIL)
         return arrays
 
     @cached_property

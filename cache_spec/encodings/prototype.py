@@ -82,13 +82,14 @@ class Prototype(Head):
         return (
             *parts,
             ArrayPart(
-                name="residual_ids",
+                name="residual_ranks",
                 dims=("temperature", "draw", "token"),
                 row_shape=draws,
                 dtype=g.id_dtype,
                 shuffle="shuffle",
                 attributes={
-                    "description": "first half drawn by the part of p above the prototype, second half below",
+                    "description": "places as in head_ranks: first half drawn by the part of p above the prototype,"
+                    " second half below",
                     **about,
                 },
             ),
@@ -144,16 +145,17 @@ class Prototype(Head):
         """Head, tail and draws at the temperature of index ``at``; CacheError also for ``bad-prototype``."""
         assert prepared is not None
         rows_BT = self._rows(stored, place).astype(np.intp)
-        ranks_BTK = checked_ids(stored["head_ranks"], g, f"{place} head_ranks")
-        ids_BTK = prepared.reshape(-1).take(ranks_BTK + (rows_BT * g.vocab_size)[..., None])
+        order, starts_BT1 = prepared.reshape(-1), (rows_BT * g.vocab_size)[..., None]
+        ids_BTK = order.take(checked_ids(stored["head_ranks"], g, f"{place} head_ranks") + starts_BT1)
         targets = replace(super().decode({**stored, "head_ids": ids_BTK}, g, at, place), prototype_BT=rows_BT)
         if not self.residual_draws:
             return targets
+        ranks_BST = checked_ids(stored["residual_ranks"][:, at], g, f"{place} residual_ranks")
         log_mass_BT = decode_odds(self._masses(stored, place)[:, at], MASS_STEP_NATS)
         signs_S = np.repeat(np.array([1, -1], np.float32), self.residual_draws // 2)
         return replace(
             targets,
-            residual_ids_BTS=checked_ids(stored["residual_ids"][:, at], g, f"{place} residual_ids").swapaxes(1, 2),
+            residual_ids_BTS=order.take(ranks_BST.swapaxes(1, 2) + starts_BT1),
             residual_weights_BTS=np.exp(log_mass_BT)[..., None] * (signs_S / np.float32(self.residual_draws)),
         )
 
@@ -171,7 +173,7 @@ class Prototype(Head):
         except CacheError as error:
             yield error
         try:
-            checked_ids(stored["residual_ids"], g, f"{place} residual_ids")
+            checked_ids(stored["residual_ranks"], g, f"{place} residual_ranks")
         except CacheError as error:
             yield error
 
@@ -203,6 +205,13 @@ def encode_ranks(ids_BTK: Array, rows_BT: Array, order_CV: Array) -> Array:
     np.put_along_axis(places_CV, order_CV.astype(np.intp), np.arange(order_CV.shape[1], dtype=order_CV.dtype)[None], 1)
     ranks_BTK: Array = places_CV[rows_BT.astype(np.intp)[..., None], ids_BTK.astype(np.intp)]
     return ranks_BTK
+
+
+def encode_residual(ranks_BTMS: Array, is_drawn_BTM: Array) -> Array:
+    """Ranks of draws as they are stored, [B, M, S, T]: each half ascending, zeros where nothing was drawn."""
+    halves = ranks_BTMS.reshape(*ranks_BTMS.shape[:-1], 2, -1)
+    ranks_BTMS = np.sort(halves, axis=-1).reshape(ranks_BTMS.shape) * is_drawn_BTM[..., None]
+    return np.ascontiguousarray(np.moveaxis(ranks_BTMS, 1, -1).astype(ranks_BTMS.dtype))
 
 
 def encode_prototypes(probs_MCV: Array) -> Array:

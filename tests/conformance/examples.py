@@ -21,6 +21,7 @@ from cache_spec.encodings.prototype import (
     decode_prototypes,
     encode_prototypes,
     encode_ranks,
+    encode_residual,
     token_order,
 )
 from cache_spec.encodings.sampled import Sampled
@@ -236,6 +237,7 @@ def _residual(
     half, step = encoding.residual_draws // 2, encoding.odds_step_nats
     shape = (num_blocks, num_tokens, len(g.temperatures))
     ids = np.zeros((*shape, encoding.residual_draws), g.id_dtype)
+    order_CV = token_order(tables["prototypes"])
     odds, masses = np.full(shape, EMPTY_TAIL, np.int16), np.full(shape, EMPTY_TAIL, np.int16)
     shared_MCV = decode_prototypes(tables["prototypes"]).astype(np.float64)
     for block, position, at in np.ndindex(*shape):
@@ -248,8 +250,7 @@ def _residual(
         if not tail_V.any():
             continue
         rounding, above, below = (
-            uniforms(encoding.seed, block, position, stream=3 * at + stream, num_draws=max(half, 2))
-            for stream in range(3)
+            uniforms(encoding.seed, block, position, stream=3 * at + stream, num_draws=2) for stream in range(3)
         )
         mass = tail_V.sum()
         odds[block, position, at] = _round_at_random(np.log(mass) - np.log1p(-mass), step, _sigmoid, rounding[0])
@@ -260,11 +261,14 @@ def _residual(
         size = _sigmoid(float(odds[block, position, at]) * step) * np.abs(difference_V).sum()
         masses[block, position, at] = _round_at_random(np.log(size), MASS_STEP_NATS, np.exp, rounding[1])
         ids[block, position, at] = np.concatenate(
-            [np.sort(pick(part, draws[:half])) for part, draws in zip(parts, (above, below), strict=True)]
+            [pick(part, (np.arange(half) + draws[0]) / half) for part, draws in zip(parts, (above, below), strict=True)]
         )
     return {
         "tail_log_odds": _tokens_last(odds),
-        "residual_ids": _tokens_last(ids),
+        "residual_ranks": encode_residual(
+            encode_ranks(ids.reshape(num_blocks, num_tokens, -1), rows["tail_prototype"], order_CV).reshape(ids.shape),
+            masses != EMPTY_TAIL,
+        ),
         "residual_log_mass": _tokens_last(masses),
     }
 
@@ -274,7 +278,8 @@ def _round_at_random(value: float, step: float, of: object, fraction: float) -> 
     assert callable(of)
     code = int(np.floor(np.clip(value / step, -32767, 32766)))
     low, exact, high = (of(x) for x in (code * step, value, (code + 1) * step))
-    return code + int(fraction < (exact - low) / (high - low))
+    # Where a code moves nothing that 64 bits hold, the one below is as good.
+    return code + int(high > low and fraction < (exact - low) / (high - low))
 
 
 def _sigmoid(value: float) -> float:

@@ -220,7 +220,7 @@ def test_a_cut_capture_is_a_sound_cache_of_spread_blocks(tmp_path: Path) -> None
 def test_bytes_are_those_of_the_files(tmp_path: Path) -> None:
     reader = make_cache(tmp_path, "prototype")
     figures = disk_bytes(reader)
-    names = ["head_ranks", "head_gaps", "tail_log_odds", "tail_prototype", "residual_ids", "residual_log_mass"]
+    names = ["head_ranks", "head_gaps", "tail_log_odds", "tail_prototype", "residual_ranks", "residual_log_mass"]
     assert sorted(figures["bytes_per_token_by_array"]) == sorted(names)
     files = [path for name in names for path in (tmp_path / name).iterdir() if path.name != "zarr.json"]
     num_bytes = sum(path.stat().st_size for path in files)

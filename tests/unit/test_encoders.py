@@ -129,7 +129,7 @@ def test_draws_differ_by_seed_block_position_and_temperature(name: str) -> None:
     torch.manual_seed(0)
     head, hidden_BTD = same_rows(torch.randn(500), 2, 3)
     encoding = encodings()[name]
-    ids_key = {"sampled": "draw_ids", "sparsified": "kept_ids", "residual": "residual_ids"}[name]
+    ids_key = {"sampled": "draw_ids", "sparsified": "kept_ids", "residual": "residual_ranks"}[name]
     arrays, _ = encode(head, hidden_BTD, encoding, (1.0, 1.0000001))
     again, _ = encode(head, hidden_BTD, encoding, (1.0, 1.0000001))
     np.testing.assert_array_equal(arrays[ids_key], again[ids_key])
