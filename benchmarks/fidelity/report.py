@@ -98,7 +98,7 @@ def plot(report: Mapping[str, Any], folder: Path, suffix: str = "svg") -> list[P
         for name, label, pick in (
             (
                 "divergence",
-                "KL to the full distribution (where the target is positive), nats",
+                "KL where the target is positive, nats",
                 lambda of: of["kl_of_covered_nats"],
             ),
             ("variation", "total variation", lambda of: of["total_variation"]),
@@ -130,8 +130,13 @@ def _scatter(pyplot: Any, rows: Sequence[Mapping[str, Any]], label: str, pick: A
             panel.plot(row["bytes_per_token"], value, _MARKERS[kind], color="black", fillstyle="none", markersize=6)
             place = (row["bytes_per_token"], value)
             panel.annotate(row["name"], place, xytext=(4, 3), textcoords="offset points", fontsize=6)
-        panel.set_xscale("log")
-        panel.set_yscale("log")
+        panel.margins(x=0.3, y=0.1)
+        panel.set_xscale("log", base=2)
+        panel.set_yscale("log", subs=[])
+        # Plain numbers: powers of two for bytes, 1, 2 and 5 times powers of ten for figures.
+        panel.yaxis.set_major_locator(pyplot.matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+        panel.xaxis.set_major_formatter("{x:g}")
+        panel.yaxis.set_major_formatter("{x:g}")
         for num_bytes in infinite:
             transform = panel.get_xaxis_transform()
             panel.plot(num_bytes, 0.985, "^", color="0.6", markersize=4, transform=transform)
