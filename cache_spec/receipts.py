@@ -177,5 +177,5 @@ def unfinished(cache: Path, manifest: Manifest) -> CacheError:
         cache,
         expected=f"{manifest.blocks.num_shards} shards and a seal",
         found=f"{done} shards",
-        hint="run the same cache-teacher command again to finish it",
+        hint="run the command that began it again to finish it",
     )
