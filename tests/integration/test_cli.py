@@ -294,7 +294,7 @@ def test_an_unfinished_cache_cannot_be_trained_on(
     (cache / "seal.json").unlink()
     code, _, err = kdpipe(capsys, "train-student", "--cache", cache, "--out", tmp_path / "run", "--num-layers", 1)
     assert code == 3
-    assert_one_line(err, "unfinished-cache.*run the same cache-teacher command again")
+    assert_one_line(err, "unfinished-cache.*run the command that began it again")
 
 
 def test_inspect_says_nothing_of_means_that_are_not_there(
