@@ -11,7 +11,6 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-import numpy as np
 from pydantic import Field, ValidationError, model_validator
 
 from cache_spec.encodings import Encoding
@@ -182,11 +181,6 @@ class Manifest(Record):
     def fingerprint(self) -> str:
         """SHA-256 over all that changes the cache's bytes."""
         return sha256_hex(canonical_json(self.model_dump(mode="json", exclude=_NOT_CONTENT)))
-
-    @property
-    def id_dtype(self) -> np.dtype[np.unsignedinteger[Any]]:
-        """Narrowest unsigned dtype that holds every token id."""
-        return np.dtype(np.uint16 if self.teacher.vocab_size <= 1 << 16 else np.uint32)
 
     @property
     def num_windows(self) -> int:

@@ -150,12 +150,13 @@ class CacheReader:
         return TargetBatch(
             input_ids_BT=checked_ids(self.read("input_ids", blocks), geometry, f"{self.path} input_ids"),
             lengths_B=self.lengths(blocks),
-            targets=manifest.encoding.decode(stored, geometry, at, self.path, self._prepared),
+            targets=manifest.encoding.decode(stored, geometry, at, self.path, self.prepared),
             hidden_BWD=self._hidden(blocks) if manifest.hidden and with_hidden else None,
         )
 
     @cached_property
-    def _prepared(self) -> Array | None:
+    def prepared(self) -> Array | None:
+        """What the encoding's ``decode`` needs of the tables."""
         return self.manifest.encoding.prepare(self.table)
 
     def table(self, name: str) -> Array:

@@ -11,29 +11,26 @@ import os
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from cache_spec.durable import replace_file
 from cache_spec.errors import CacheError
 from cache_spec.layout import array_specs
 from cache_spec.manifest import MANIFEST_NAME, Manifest, Sha256, load_sealed, seal_json, sha256_hex
+from cache_spec.record import Record
 
 SEAL_NAME = "seal.json"
 RECEIPTS_FOLDER = "receipts"
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-class FileReceipt(_Record):
+class FileReceipt(Record):
     """Size and digest of one shard file."""
 
     num_bytes: int = Field(ge=1)
     sha256: str = Sha256
 
 
-class Receipt(_Record):
+class Receipt(Record):
     """Proof that a shard is whole, and of which cache it is part."""
 
     fingerprint: str = Sha256
@@ -47,7 +44,7 @@ class Receipt(_Record):
     """One entry per array."""
 
 
-class Seal(_Record):
+class Seal(Record):
     """Written once, when every shard has its receipt."""
 
     fingerprint: str = Sha256

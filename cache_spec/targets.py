@@ -21,6 +21,11 @@ Compressor = Literal["zstd", "lz4"]
 Tail = Literal["prototype", "bucket", "renormalise", "uniform", "gold"]
 
 
+def id_dtype(vocab_size: int) -> type[np.generic]:
+    """Narrowest dtype that holds every id: uint16 where V ≤ 65,536, else uint32."""
+    return np.uint16 if vocab_size <= 1 << 16 else np.uint32
+
+
 class Geometry(NamedTuple):
     """What the shapes of an encoding's arrays follow from, beside its own parameters."""
 
@@ -31,8 +36,8 @@ class Geometry(NamedTuple):
 
     @property
     def id_dtype(self) -> type[np.generic]:
-        """Narrowest dtype that holds every id: uint16 where V ≤ 65,536, else uint32."""
-        return np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
+        """Of the cache's ids."""
+        return id_dtype(self.vocab_size)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -74,7 +74,9 @@ def verify_cache(cache: Path, on_shard: Callable[[int], object] = lambda shard: 
         manifest = read_manifest(cache)
         problems += (Problem(e.kind, e.place, e.expected, e.found) for e in small_file_errors(cache, manifest))
         problems += _metadata_problems(cache, manifest)
-        problems += _table_problems(cache, manifest)
+        for name in sorted(manifest.tables):
+            with problems.collecting():
+                read_table(cache, manifest, name)
         problems += _stray_files(cache, manifest)
         tokens = hashlib.sha256()
         num_readable = num_tokens = 0
@@ -194,12 +196,4 @@ def _meaning_problems(manifest: Manifest, receipt: Receipt, arrays: dict[str, Ar
     stored = {name: arrays[name] for name in target_arrays(manifest) if name in arrays}
     if len(stored) == len(target_arrays(manifest)):
         for error in manifest.encoding.check(stored, geometry, f"{cache} shard {receipt.shard}"):
-            yield Problem(error.kind, error.place, error.expected, error.found)
-
-
-def _table_problems(cache: Path, manifest: Manifest) -> Iterator[Problem]:
-    for name in sorted(manifest.tables):
-        try:
-            read_table(cache, manifest, name)
-        except CacheError as error:
             yield Problem(error.kind, error.place, error.expected, error.found)

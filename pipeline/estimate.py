@@ -55,7 +55,7 @@ def estimate(config: CaptureConfig) -> dict[str, Any]:
     manifest = draft_manifest(replace(source, encoding=settled(source.encoding, teacher.head)), num_blocks=num_blocks)
     encoder = encoder_of(manifest, _stand_ins(manifest, source.prototypes), teacher.device)
     start = time.perf_counter()
-    arrays = encode_blocks(manifest, teacher, encoder, ids_BT.astype(manifest.id_dtype), lengths_B, 0)
+    arrays = encode_blocks(manifest, teacher, encoder, ids_BT.astype(manifest.geometry.id_dtype), lengths_B, 0)
     seconds = time.perf_counter() - start
     # One process keeps all cores of a CPU busy, so workers gain speed where each has a GPU of its own.
     num_devices = torch.cuda.device_count() if config.device in ("auto", "cuda") else 1

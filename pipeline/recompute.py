@@ -71,8 +71,7 @@ def compare_with_teacher(cache: Path, teacher: str | None, *, gguf_file: str | N
         chosen = range(start, min(start + batch, first + count))
         stored = {name: reader.read(name, chosen) for name in array_specs(manifest)}
         fresh = encode_blocks(manifest, running, encoder, stored["input_ids"], stored["block_lengths"], start)
-        prepared = manifest.encoding.prepare(reader.table)
-        for what, bound, off in _differences(manifest, prepared, stored, fresh, limit):
+        for what, bound, off in _differences(manifest, reader.prepared, stored, fresh, limit):
             if not off <= bound:
                 place = f"{cache} blocks {start} to {chosen[-1]}: {what}"
                 problems.append(Problem("teacher-disagrees", place, f"within {bound:g}", f"{off:.3f}"))

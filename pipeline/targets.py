@@ -10,16 +10,13 @@ temperatures.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 
 from cache_spec.errors import BadInputError
+from cache_spec.targets import Array, id_dtype
 from pipeline.encoders.spectrum import Encoded, Encoder, encode_logits
 from pipeline.teacher import OutputHead
-
-Array = np.ndarray[Any, np.dtype[Any]]
 
 CHUNK_BYTES = 64 << 20
 """Most bytes of one float32 [R, V] array; large enough that the output head's matrix product runs at full speed."""
@@ -71,7 +68,7 @@ def encode_batch(
     lengths_B1 = lengths_B.astype(np.int64)[:, None]
     position_T = np.arange(num_tokens)
     arrays = {
-        "input_ids": input_ids_BT.astype(np.uint16 if vocab_size <= 1 << 16 else np.uint32),
+        "input_ids": input_ids_BT.astype(id_dtype(vocab_size)),
         "block_lengths": lengths_B.astype(np.uint32),
         "block_loss": _mean(per_token(rows.loss_R), position_T < lengths_B1 - 1),
         "block_entropy": _mean(per_token(rows.entropy_R), position_T < lengths_B1),

@@ -178,7 +178,7 @@ class Transcoding:
     ) -> dict[str, Array]:
         """A smaller or coarser head: what it loses goes to the tail at every temperature."""
         g, at = self.source.geometry, self._temperatures_at
-        decoded: list[HeadTargets] = [old.decode(stored, g, i, self.reader.path, self._prepared) for i in at]
+        decoded: list[HeadTargets] = [old.decode(stored, g, i, self.reader.path, self.reader.prepared) for i in at]
         ids_BTK, logprobs_BTK = decoded[0].ids_BTK[..., : new.k], decoded[0].logprobs_BTK
         odds = [_smaller_head(d, new.k, t) for d, t in zip(decoded, self.manifest.temperatures, strict=True)]
         arrays = {
@@ -206,10 +206,6 @@ class Transcoding:
         if self.source.encoding.any_temperature:
             return []
         return [self.source.temperatures.index(t) for t in self.manifest.temperatures]
-
-    @cached_property
-    def _prepared(self) -> Any:
-        return self.source.encoding.prepare(self.reader.table)
 
     def _pooled(self, blocks: Sequence[int], lengths_B: Array, info: HiddenInfo) -> dict[str, Array]:
         """Pooled hidden states over windows that the old ones fill: means, weighted by real tokens."""

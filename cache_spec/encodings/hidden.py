@@ -7,20 +7,20 @@ Legend of axes: B blocks, T tokens, D teacher width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import ClassVar, Literal
 
 import numpy as np
 
+from cache_spec.encodings.base import EncodingRecord, broken
 from cache_spec.errors import CacheError
-from cache_spec.record import Record
 from cache_spec.targets import Array, ArrayPart, Geometry, HiddenTargets, TablePart
 
 _LARGEST_INT8 = 127
 _MAX_SCALE = float(np.finfo(np.float32).max) / 128
 
 
-class Hidden(Record):
+class Hidden(EncodingRecord):
     """The teacher's last hidden state, after its final norm, for every token."""
 
     name: Literal["hidden"] = "hidden"
@@ -75,14 +75,6 @@ class Hidden(Record):
         )
         return weight, bias
 
-    def refuse(self, g: Geometry) -> str | None:
-        """Every geometry fits."""
-        return None
-
-    def prepare(self, table: Callable[[str], Array]) -> Array | None:
-        """What ``decode`` needs of the cache's tables, made once; nothing here."""
-        return None
-
     def decode(
         self, stored: Mapping[str, Array], g: Geometry, at: int, place: object, prepared: Array | None = None
     ) -> HiddenTargets:
@@ -100,10 +92,7 @@ class Hidden(Record):
 
     def check(self, stored: Mapping[str, Array], g: Geometry, place: object) -> Iterator[CacheError]:
         """Every broken rule of the values."""
-        try:
-            self.decode(stored, g, 0, place)
-        except CacheError as error:
-            yield error
+        yield from broken(lambda: self.decode(stored, g, 0, place))
 
 
 def encode_int8(values: Array) -> tuple[Array, Array]:

@@ -17,9 +17,10 @@ from typing import ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
+from cache_spec.encodings.base import broken
 from cache_spec.encodings.topk import EMPTY_TAIL, Head, checked_ids, decode_odds
 from cache_spec.errors import CacheError
-from cache_spec.targets import Array, ArrayPart, Geometry, HeadTargets, TablePart
+from cache_spec.targets import Array, ArrayPart, Geometry, HeadTargets, TablePart, id_dtype
 
 TABLE_STEP_NATS = 1 / 64
 # No token of a shared tail is impossible: far from what underflows, and from what matters.
@@ -45,6 +46,11 @@ class Prototype(Head):
 
     ids_array: ClassVar[str] = "head_ranks"
 
+    @property
+    def row_dtype(self) -> type[np.generic]:
+        """Narrowest dtype that holds every row of the table."""
+        return np.uint8 if self.prototypes <= 1 << 8 else np.uint16
+
     def arrays(self, g: Geometry) -> tuple[ArrayPart, ...]:
         """The head's, each token's prototype, and the residual's draws."""
         num_temperatures, tokens = len(g.temperatures), g.block_tokens
@@ -69,7 +75,7 @@ class Prototype(Head):
                 name="tail_prototype",
                 dims=("token",),
                 row_shape=(tokens,),
-                dtype=np.uint8 if self.prototypes <= 1 << 8 else np.uint16,
+                dtype=self.row_dtype,
                 shuffle="shuffle",
                 compressor="lz4",
                 attributes={"description": "row of prototypes that stands for the distribution outside the head"},
@@ -162,20 +168,10 @@ class Prototype(Head):
     def check(self, stored: Mapping[str, Array], g: Geometry, place: object) -> Iterator[CacheError]:
         """Every broken rule of the values."""
         yield from super().check(stored, g, place)
-        try:
-            self._rows(stored, place)
-        except CacheError as error:
-            yield error
-        if not self.residual_draws:
-            return
-        try:
-            self._masses(stored, place)
-        except CacheError as error:
-            yield error
-        try:
-            checked_ids(stored["residual_ranks"], g, f"{place} residual_ranks")
-        except CacheError as error:
-            yield error
+        yield from broken(lambda: self._rows(stored, place))
+        if self.residual_draws:
+            yield from broken(lambda: self._masses(stored, place))
+            yield from broken(lambda: checked_ids(stored["residual_ranks"], g, f"{place} residual_ranks"))
 
     def _rows(self, stored: Mapping[str, Array], place: object) -> Array:
         rows_BT = stored["tail_prototype"]
@@ -194,9 +190,8 @@ class Prototype(Head):
 
 def token_order(codes_MCV: Array) -> Array:
     """Ids [C, V] of all tokens in the order of their probability in each prototype at the first temperature."""
-    vocab_size = codes_MCV.shape[-1]
     order_CV: Array = np.argsort(codes_MCV[0], axis=1, kind="stable")
-    return order_CV.astype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
+    return order_CV.astype(id_dtype(codes_MCV.shape[-1]))
 
 
 def encode_ranks(ids_BTK: Array, rows_BT: Array, order_CV: Array) -> Array:

@@ -7,19 +7,20 @@ Legend of axes: B blocks, T tokens, J distinct draws at most.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import ClassVar, Literal
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Literal
 
 import numpy as np
 from pydantic import Field
 
+from cache_spec.encodings.base import EncodingRecord, broken
 from cache_spec.encodings.topk import checked_ids
 from cache_spec.errors import CacheError
-from cache_spec.record import Record
-from cache_spec.targets import Array, ArrayPart, Geometry, PointTargets, TablePart
+from cache_spec.targets import Array, ArrayPart, Geometry, PointTargets
 
 
-class Sampled(Record):
+class Sampled(EncodingRecord):
     """Draws with replacement, at each temperature from the teacher's distribution at that temperature."""
 
     name: Literal["sampled"] = "sampled"
@@ -27,8 +28,6 @@ class Sampled(Record):
     """N: draws for each token and temperature."""
     seed: int = Field(default=0, ge=0, lt=1 << 63)
     """Of the draws, which are a function of seed, block, position and temperature alone."""
-
-    any_temperature: ClassVar[bool] = False
 
     def num_points(self, g: Geometry) -> int:
         """J: distinct tokens that N draws can give."""
@@ -59,18 +58,6 @@ class Sampled(Record):
             ),
         )
 
-    def tables(self, g: Geometry) -> tuple[TablePart, ...]:
-        """None."""
-        return ()
-
-    def refuse(self, g: Geometry) -> str | None:
-        """Every number of draws fits."""
-        return None
-
-    def prepare(self, table: Callable[[str], Array]) -> Array | None:
-        """What ``decode`` needs of the cache's tables, made once; nothing here."""
-        return None
-
     def decode(
         self, stored: Mapping[str, Array], g: Geometry, at: int, place: object, prepared: Array | None = None
     ) -> PointTargets:
@@ -87,10 +74,7 @@ class Sampled(Record):
     def check(self, stored: Mapping[str, Array], g: Geometry, place: object) -> Iterator[CacheError]:
         """Every broken rule of the values."""
         for at in range(len(g.temperatures)):
-            try:
-                self.decode(stored, g, at, place)
-            except CacheError as error:
-                yield error
+            yield from broken(partial(self.decode, stored, g, at, place))
         counts, ids = stored["draw_counts"].astype(np.int64), stored["draw_ids"].astype(np.int64)
         if (np.diff(counts, axis=2) > 0).any():
             yield CacheError("bad-counts", f"{place} draw_counts", expected="counts in descending order")

@@ -9,21 +9,22 @@ Legend of axes: B blocks, T tokens, K kept.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import ClassVar, Literal
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Literal
 
 import numpy as np
 from pydantic import Field
 
+from cache_spec.encodings.base import EncodingRecord, broken
 from cache_spec.encodings.topk import checked_ids, decode_gaps, gap_dtype, repeats
 from cache_spec.errors import CacheError
-from cache_spec.record import Record
-from cache_spec.targets import Array, ArrayPart, Geometry, PointTargets, TablePart
+from cache_spec.targets import Array, ArrayPart, Geometry, PointTargets
 
 DEFAULT_LEVELS = 4096
 
 
-class Sparsified(Record):
+class Sparsified(EncodingRecord):
     """A fixed number of tokens for each position and temperature, chosen by systematic sampling."""
 
     name: Literal["sparsified"] = "sparsified"
@@ -33,8 +34,6 @@ class Sparsified(Record):
     """Square roots of kept probabilities are multiples of 1 / levels; many, for one value stands for the whole tail."""
     seed: int = Field(default=0, ge=0, lt=1 << 63)
     """Of the sampling, which is a function of seed, block, position and temperature alone."""
-
-    any_temperature: ClassVar[bool] = False
 
     def arrays(self, g: Geometry) -> tuple[ArrayPart, ...]:
         """Ids and gaps."""
@@ -65,17 +64,9 @@ class Sparsified(Record):
             ),
         )
 
-    def tables(self, g: Geometry) -> tuple[TablePart, ...]:
-        """None."""
-        return ()
-
     def refuse(self, g: Geometry) -> str | None:
         """Why these parameters do not fit; None if they do."""
         return f"k {self.k} is above the vocabulary of {g.vocab_size}" if self.k > g.vocab_size else None
-
-    def prepare(self, table: Callable[[str], Array]) -> Array | None:
-        """What ``decode`` needs of the cache's tables, made once; nothing here."""
-        return None
 
     def decode(
         self, stored: Mapping[str, Array], g: Geometry, at: int, place: object, prepared: Array | None = None
@@ -92,9 +83,6 @@ class Sparsified(Record):
     def check(self, stored: Mapping[str, Array], g: Geometry, place: object) -> Iterator[CacheError]:
         """Every broken rule of the values."""
         for at in range(len(g.temperatures)):
-            try:
-                self.decode(stored, g, at, place)
-            except CacheError as error:
-                yield error
+            yield from broken(partial(self.decode, stored, g, at, place))
         if repeats(stored["kept_ids"].swapaxes(2, 3)):
             yield CacheError("repeated-id", f"{place} kept_ids", expected="distinct ids in each row")

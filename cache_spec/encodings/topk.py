@@ -9,16 +9,16 @@ Legend of axes: B blocks, T tokens, K kept, M temperatures.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
 
 from cache_spec.buffers import take
+from cache_spec.encodings.base import EncodingRecord, broken
 from cache_spec.errors import CacheError
-from cache_spec.record import Record
-from cache_spec.targets import Array, ArrayPart, Geometry, HeadTargets, TablePart
+from cache_spec.targets import Array, ArrayPart, Geometry, HeadTargets
 
 DEFAULT_LEVELS = 128
 DEFAULT_ODDS_STEP_NATS = 1 / 16
@@ -31,7 +31,7 @@ _PADDING_BYTES = 64
 ROUNDING_NATS = 0.002
 
 
-class Head(Record):
+class Head(EncodingRecord):
     """Parameters of every encoding that keeps a head."""
 
     k: int = Field(ge=1)
@@ -41,7 +41,6 @@ class Head(Record):
     odds_step_nats: float = Field(default=DEFAULT_ODDS_STEP_NATS, gt=0, le=1)
     """Quantisation step of the tail's log odds; the error is at most half of it."""
 
-    any_temperature: ClassVar[bool] = False
     ids_array: ClassVar[str] = "head_ids"
 
     def arrays(self, g: Geometry) -> tuple[ArrayPart, ...]:
@@ -87,17 +86,9 @@ class Head(Record):
             ),
         )
 
-    def tables(self, g: Geometry) -> tuple[TablePart, ...]:
-        """None."""
-        return ()
-
     def refuse(self, g: Geometry) -> str | None:
         """Why these parameters do not fit; None if they do."""
         return f"k {self.k} is above the vocabulary of {g.vocab_size}" if self.k > g.vocab_size else None
-
-    def prepare(self, table: Callable[[str], Array]) -> Array | None:
-        """What ``decode`` needs of the cache's tables, made once; nothing here."""
-        return None
 
     def decode(
         self, stored: Mapping[str, Array], g: Geometry, at: int, place: object, prepared: Array | None = None
@@ -112,18 +103,11 @@ class Head(Record):
     def check(self, stored: Mapping[str, Array], g: Geometry, place: object) -> Iterator[CacheError]:
         """Every broken rule of the values."""
         named = stored[self.ids_array]
-        try:
-            checked_ids(named, g, f"{place} {self.ids_array}")
-        except CacheError as error:
-            yield error
+        yield from broken(lambda: checked_ids(named, g, f"{place} {self.ids_array}"))
         if repeats(named):
             yield CacheError("repeated-id", f"{place} {self.ids_array}", expected="distinct ids in each head")
-        try:
-            decode_gaps(stored["head_gaps"], self.levels, f"{place} head_gaps")
-        except CacheError as error:
-            yield error
-            return
-        yield from self._mass_errors(stored, g, place)
+        gap_errors = list(broken(lambda: decode_gaps(stored["head_gaps"], self.levels, f"{place} head_gaps")))
+        yield from gap_errors or self._mass_errors(stored, g, place)
 
     def _mass_errors(self, stored: Mapping[str, Array], g: Geometry, place: object) -> Iterator[CacheError]:
         """What tail masses cannot be, given the head: every number here is twice in the cache, and must agree."""
@@ -171,8 +155,7 @@ def gap_dtype(levels: int) -> type[np.generic]:
 def encode_gaps(head_logprobs_BTK: Array, levels: int) -> Array:
     """Gaps [B, K, T] between the levels of square roots of descending probabilities, log-probabilities [B, T, K].
 
-    The first counts from the top, so that it is small for a sure teacher. The first of a row is at
-    level 1 at least.
+    The first counts from the top, so that it is small for a sure teacher; a row's first token is at level 1 at least.
     """
     roots_BTK = np.rint(np.exp(head_logprobs_BTK.astype(np.float64) / 2) * levels).clip(0, levels).astype(np.int64)
     roots_BTK[..., 0] = roots_BTK[..., 0].clip(1)

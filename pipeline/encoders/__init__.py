@@ -9,18 +9,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 
-from cache_spec.targets import Geometry
+from cache_spec.targets import Array, Geometry
 from pipeline.encoders.hidden import HiddenEncoder
 from pipeline.encoders.prototype import PrototypeEncoder
 from pipeline.encoders.sampled import SampledEncoder
 from pipeline.encoders.sparsified import SparsifiedEncoder
 from pipeline.encoders.spectrum import Encoder
 from pipeline.encoders.topk import TopKEncoder
-
-Array = np.ndarray[Any, np.dtype[Any]]
 
 ENCODERS: dict[str, Any] = {
     "topk": TopKEncoder,

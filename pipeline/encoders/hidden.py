@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from cache_spec.encodings.hidden import Hidden, encode_int8
-from cache_spec.targets import Geometry
-from pipeline.encoders.spectrum import Array, Masses, Rows
+from cache_spec.targets import Array, Geometry
+from pipeline.encoders.spectrum import Masses, Rows
 from pipeline.teacher import OutputHead
 
 

@@ -22,11 +22,11 @@ from cache_spec.encodings.prototype import (
     encode_residual,
     token_order,
 )
-from cache_spec.encodings.topk import encode_gaps, encode_odds
-from cache_spec.targets import Geometry
+from cache_spec.encodings.topk import encode_odds
+from cache_spec.targets import Array, Geometry
 from pipeline.encoders.draws import pick, uniforms
-from pipeline.encoders.spectrum import Array, Masses, Rows
-from pipeline.encoders.topk import tokens_last
+from pipeline.encoders.spectrum import Masses, Rows
+from pipeline.encoders.topk import TopKEncoder, tokens_last
 
 _MAX_CODE = (1 << 15) - 1
 _ROUNDING, _ABOVE, _BELOW = range(3)
@@ -34,14 +34,15 @@ _STREAMS = 3
 """Streams of random numbers a temperature."""
 
 
-class PrototypeEncoder:
+class PrototypeEncoder(TopKEncoder):
     """Head, tail odds, prototype, and signed draws where asked for."""
+
+    encoding: Prototype
 
     def __init__(
         self, encoding: Prototype, geometry: Geometry, tables: Mapping[str, Array], device: torch.device
     ) -> None:
-        self.encoding, self.geometry = encoding, geometry
-        self.num_head, self.temperatures = encoding.k, geometry.temperatures
+        super().__init__(encoding, geometry, tables, device)
         self.float64 = encoding.residual_draws > 0
         self.classifier_CE = torch.from_numpy(tables["prototype_classifier"]).to(device)
         self.places_CV = _places(token_order(tables["prototypes"]))
@@ -51,30 +52,22 @@ class PrototypeEncoder:
 
     def columns(self, rows: Rows, head_logprobs_RK: torch.Tensor) -> dict[str, torch.Tensor]:
         """Ids, log-probabilities and prototype."""
-        return {
-            "head_ids": rows.head_ids_RK,
-            "head_logprobs": head_logprobs_RK,
-            "tail_prototype": self._prototype(rows),
-        }
+        return super().columns(rows, head_logprobs_RK) | {"tail_prototype": self._prototype(rows)}
 
     def columns_at(self, rows: Rows, masses: Masses) -> dict[str, torch.Tensor]:
         """Log odds of the tail, and the draws."""
         if self.probs_MCV is None:
-            return {"tail_log_odds": masses.log_odds_R}
+            return super().columns_at(rows, masses)
         # Made zero at the head and scaled, this is what a reader takes the tail to be, but for the tail's mass.
         shared_RV = self.probs_MCV[masses.at][self._prototype(rows)].scatter_(1, rows.head_ids_RK, 0.0)
         return self._draw(rows, masses, shared_RV)
 
     def stored(self, columns: Mapping[str, Array]) -> dict[str, Array]:
-        """Ids and prototypes in their dtypes, everything else as codes."""
-        arrays = {
-            "head_ranks": self.places_CV[columns["tail_prototype"][..., None], columns["head_ids"]],
-            "head_gaps": encode_gaps(columns["head_logprobs"], self.encoding.levels),
-            "tail_log_odds": encode_odds(tokens_last(columns["tail_log_odds"]), self.encoding.odds_step_nats),
-            "tail_prototype": columns["tail_prototype"].astype(
-                np.uint8 if self.encoding.prototypes <= 1 << 8 else np.uint16
-            ),
-        }
+        """The head's arrays with places for ids, prototypes in their dtype, and the draws."""
+        arrays = super().stored(columns)
+        del arrays["head_ids"]
+        arrays["head_ranks"] = self.places_CV[columns["tail_prototype"][..., None], columns["head_ids"]]
+        arrays["tail_prototype"] = columns["tail_prototype"].astype(self.encoding.row_dtype)
         if self.encoding.residual_draws:
             ranks_BTMS = self.places_CV[columns["tail_prototype"][..., None, None], columns["residual_ids"]]
             arrays["residual_ranks"] = encode_residual(ranks_BTMS, np.isfinite(columns["residual_log_mass"]))

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 
 from cache_spec.encodings.sampled import Sampled
-from cache_spec.targets import Geometry
+from cache_spec.targets import Array, Geometry
 from pipeline.encoders.draws import pick, uniforms
-from pipeline.encoders.spectrum import Array, Masses, Rows
+from pipeline.encoders.spectrum import Masses, Rows
 from pipeline.encoders.topk import tokens_last
 
 

@@ -15,9 +15,9 @@ import torch
 
 from cache_spec.encodings.sparsified import Sparsified
 from cache_spec.encodings.topk import encode_gaps
-from cache_spec.targets import Geometry
+from cache_spec.targets import Array, Geometry
 from pipeline.encoders.draws import pick, uniforms
-from pipeline.encoders.spectrum import Array, Masses, Rows
+from pipeline.encoders.spectrum import Masses, Rows
 from pipeline.encoders.topk import tokens_last
 
 _BELOW_ONE = 1 - 1e-9

@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
-import numpy as np
 import torch
 
-Array = np.ndarray[Any, np.dtype[Any]]
+from cache_spec.targets import Array
 
 _GROUPS_OF, _GROUPS_OF_GROUPS = 32, 8
 _TINY_TAIL = 1e-30
