@@ -15,6 +15,7 @@ import torch
 
 from cache_spec.errors import BadInputError
 from cache_spec.targets import Array, id_dtype
+from pipeline.encoders.draws import uniforms
 from pipeline.encoders.spectrum import Encoded, Encoder, encode_logits
 from pipeline.teacher import OutputHead
 
@@ -127,23 +128,31 @@ def _encode_rows(
         hidden_RD = hidden_ND[chunk : chunk + num_rows]
         chunk_RV = head.logits(hidden_RD, logits_RV[: len(hidden_RD)]).to(device)
         hidden_RD = hidden_RD.to(device)
+        there = slice(chunk, chunk + num_rows)
+        uniforms_RMN = _uniforms(encoder, block_N[there], position_N[there])
         for part in range(0, len(hidden_RD), part_rows):
             here = slice(part, min(part + part_rows, len(hidden_RD)))
-            there = slice(chunk + here.start, chunk + here.stop)
             kept.append(
                 encode_logits(
                     encoder,
                     hidden_RD[here],
-                    block_N[there],
-                    position_N[there],
+                    uniforms_RMN[here],
                     chunk_RV[here],
-                    next_ids_N[there],
+                    next_ids_N[there][here],
                     (scaled_RV[: here.stop - here.start], mass_RV[: here.stop - here.start]),
                 )
             )
     columns, *statistics = zip(*kept, strict=True)
     merged = {name: torch.cat([part[name] for part in columns]) for name in columns[0]}
     return Encoded(merged, *(torch.cat(part) for part in statistics))
+
+
+def _uniforms(encoder: Encoder, block_R: torch.Tensor, position_R: torch.Tensor) -> torch.Tensor:
+    """float64 [R, M, N]: the random numbers of an encoder; devices without float64 are not asked for none of them."""
+    num_temperatures, num_uniforms = len(encoder.temperatures), encoder.num_uniforms
+    if not num_uniforms:
+        return torch.empty(len(block_R), num_temperatures, 0)
+    return uniforms(encoder.seed, block_R, position_R, num_streams=num_temperatures, num_draws=num_uniforms)
 
 
 def _next_ids(input_ids_BT: Array) -> torch.Tensor:

@@ -90,6 +90,7 @@ ALL = (
     _prototype(32, 64),
     _prototype(32, 256),
     _prototype(32, 1024),
+    _prototype(7, 256, draws=4, trains=True),
     _prototype(16, 256, draws=16),
     Configuration(name="hidden int8", flags=("--encoding", "hidden", "--last-hidden-dtype", "int8")),
 )

@@ -25,7 +25,7 @@ from cache_spec.targets import Array, ArrayPart, Geometry, HeadTargets, TablePar
 TABLE_STEP_NATS = 1 / 64
 # No token of a shared tail is impossible: far from what underflows, and from what matters.
 _MAX_CODE = round(64 / TABLE_STEP_NATS)
-MASS_STEP_NATS = 1 / 64
+MASS_STEP_NATS = 1 / 8
 # Two distributions differ by 2 at most.
 _MAX_MASS_CODE = math.ceil(math.log(2) / MASS_STEP_NATS)
 
@@ -92,7 +92,7 @@ class Prototype(Head):
                 dims=("temperature", "draw", "token"),
                 row_shape=draws,
                 dtype=g.id_dtype,
-                shuffle="shuffle",
+                shuffle="bitshuffle",
                 attributes={
                     "description": "places as in head_ranks: first half drawn by the part of p above the prototype,"
                     " second half below",
@@ -104,7 +104,7 @@ class Prototype(Head):
                 dims=("temperature", "token"),
                 row_shape=(num_temperatures, tokens),
                 dtype=np.int16,
-                shuffle="bitshuffle",
+                shuffle="shuffle",
                 attributes={
                     "description": "step * value is the log of the sum of |p - prototype| outside the head;"
                     f" {EMPTY_TAIL} for a sum of 0",

@@ -25,6 +25,7 @@ class HiddenEncoder:
     num_head = 1
     temperatures: tuple[float, ...] = ()
     float64 = False
+    num_uniforms = seed = 0
 
     def __init__(self, encoding: Hidden, _geometry: Geometry, _tables: Any, _device: Any) -> None:
         self.encoding = encoding

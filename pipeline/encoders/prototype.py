@@ -24,14 +24,11 @@ from cache_spec.encodings.prototype import (
 )
 from cache_spec.encodings.topk import encode_odds
 from cache_spec.targets import Array, Geometry
-from pipeline.encoders.draws import pick, uniforms
+from pipeline.encoders.draws import pick
 from pipeline.encoders.spectrum import Masses, Rows
 from pipeline.encoders.topk import TopKEncoder, tokens_last
 
 _MAX_CODE = (1 << 15) - 1
-_ROUNDING, _ABOVE, _BELOW = range(3)
-_STREAMS = 3
-"""Streams of random numbers a temperature."""
 
 
 class PrototypeEncoder(TopKEncoder):
@@ -44,11 +41,13 @@ class PrototypeEncoder(TopKEncoder):
     ) -> None:
         super().__init__(encoding, geometry, tables, device)
         self.float64 = encoding.residual_draws > 0
+        self.num_uniforms, self.seed = 4 if encoding.residual_draws else 0, encoding.seed
         self.classifier_CE = torch.from_numpy(tables["prototype_classifier"]).to(device)
         self.places_CV = _places(token_order(tables["prototypes"]))
         self.probs_MCV = None
         if encoding.residual_draws:
             self.probs_MCV = torch.from_numpy(decode_prototypes(tables["prototypes"])).to(device)
+        self._buffers_2RV: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def columns(self, rows: Rows, head_logprobs_RK: torch.Tensor) -> dict[str, torch.Tensor]:
         """Ids, log-probabilities and prototype."""
@@ -59,8 +58,9 @@ class PrototypeEncoder(TopKEncoder):
         if self.probs_MCV is None:
             return super().columns_at(rows, masses)
         # Made zero at the head and scaled, this is what a reader takes the tail to be, but for the tail's mass.
-        shared_RV = self.probs_MCV[masses.at][self._prototype(rows)].scatter_(1, rows.head_ids_RK, 0.0)
-        return self._draw(rows, masses, shared_RV)
+        shared_RV, scratch_RV = self._buffers(masses.tail_RV)
+        torch.index_select(self.probs_MCV[masses.at], 0, self._prototype(rows), out=shared_RV)
+        return self._draw(rows, masses, shared_RV.scatter_(1, rows.head_ids_RK, 0.0), scratch_RV)
 
     def stored(self, columns: Mapping[str, Array]) -> dict[str, Array]:
         """The head's arrays with places for ids, prototypes in their dtype, and the draws."""
@@ -78,39 +78,43 @@ class PrototypeEncoder(TopKEncoder):
         """int64 [R]: the prototype that the hidden state votes for."""
         return classify(rows.hidden_RD, self.classifier_CE)
 
-    def _draw(self, rows: Rows, masses: Masses, shared_RV: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _buffers(self, like_RV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Two of the shape, made once: fresh ones would cost a page fault every 4 KiB."""
+        if self._buffers_2RV is None or len(self._buffers_2RV[0]) < len(like_RV):
+            self._buffers_2RV = torch.empty_like(like_RV), torch.empty_like(like_RV)
+        first_RV, second_RV = self._buffers_2RV
+        return first_RV[: len(like_RV)], second_RV[: len(like_RV)]
+
+    def _draw(
+        self, rows: Rows, masses: Masses, shared_RV: torch.Tensor, scratch_RV: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
         """Draws from tail / sum(tail) - shared / sum(shared), both taken outside the head.
 
         The tail's mass and that of the difference are rounded at random to their codes, so that on average they are
         exact, and the target is: head (1 - m), tail m * shared + m * difference.
         """
         step, half = self.encoding.odds_step_nats, self.encoding.residual_draws // 2
-        streams = [masses.at * _STREAMS + stream for stream in range(_STREAMS)]
-        seed, block_R, position_R = self.encoding.seed, rows.block_R, rows.position_R
-        rounding_R2 = uniforms(seed, block_R, position_R, stream=streams[_ROUNDING], num_draws=2)
-        odds_R = _round_at_random(masses.log_odds_R.double() / step, step, torch.sigmoid, rounding_R2[:, 0])
+        uniforms_R4 = rows.uniforms_RMN[:, masses.at]
+        odds_R = _round_at_random(masses.log_odds_R.double() / step, step, torch.sigmoid, uniforms_R4[:, 0])
 
-        tail_sum_R1 = masses.tail_RV.sum(1, keepdim=True, dtype=torch.float64)
-        shared_sum_R1 = shared_RV.sum(1, keepdim=True, dtype=torch.float64)
-        difference_RV = shared_RV.mul_((-1 / shared_sum_R1).float())
-        difference_RV.addcmul_(masses.tail_RV, (1 / tail_sum_R1).float())
+        # In units of the shared sum: above zero where the prototype gives more than the teacher.
+        shared_sum_R = shared_RV.sum(1)
+        excess_RV = shared_RV.addcmul_(masses.tail_RV, (shared_sum_R / masses.tail_RV.sum(1))[:, None], value=-1)
         rank_S = torch.arange(half, device=shared_RV.device)
         halves = []
-        sums = []
-        for stream, sign in ((_ABOVE, 1), (_BELOW, -1)):
-            part_RV = (difference_RV * sign).clamp_min_(0.0)
-            sums.append(part_RV.sum(1, dtype=torch.float64))
+        above_RV = torch.neg(excess_RV, out=scratch_RV).clamp_min_(0.0)
+        for draw, part_RV in ((2, above_RV), (3, excess_RV.clamp_min_(0.0))):
             # Evenly spaced from one random start: right on average as independent draws are, and nearer each time.
-            start_R1 = uniforms(seed, block_R, position_R, stream=streams[stream], num_draws=1)
-            halves.append(pick(part_RV, (rank_S + start_R1) / half))
-        mass_R = torch.sigmoid(odds_R * step) * (sums[0] + sums[1])
+            halves.append(pick(part_RV, (rank_S + uniforms_R4[:, draw, None]) / half))
+        above_R, below_R = (picked.total_R for picked in halves)
+        mass_R = torch.sigmoid(odds_R * step) * (above_R + below_R) / shared_sum_R
         # Rows without a tail, or whose tail is the prototype's, have nothing to draw from.
-        drawn_R = (sums[0] > 0) & (sums[1] > 0) & mass_R.isfinite()
+        drawn_R = (above_R > 0) & (below_R > 0) & mass_R.isfinite()
         log_mass_R = torch.where(drawn_R, mass_R, 0.0).log()
-        codes_R = _round_at_random(log_mass_R / MASS_STEP_NATS, MASS_STEP_NATS, torch.exp, rounding_R2[:, 1])
+        codes_R = _round_at_random(log_mass_R / MASS_STEP_NATS, MASS_STEP_NATS, torch.exp, uniforms_R4[:, 1])
         return {
             "tail_log_odds": odds_R * step,
-            "residual_ids": torch.cat(halves, 1) * drawn_R[:, None],
+            "residual_ids": torch.cat([picked.ids_RN for picked in halves], 1) * drawn_R[:, None],
             "residual_log_mass": codes_R * MASS_STEP_NATS,
         }
 

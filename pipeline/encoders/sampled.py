@@ -15,7 +15,7 @@ import torch
 
 from cache_spec.encodings.sampled import Sampled
 from cache_spec.targets import Array, Geometry
-from pipeline.encoders.draws import pick, uniforms
+from pipeline.encoders.draws import pick
 from pipeline.encoders.spectrum import Masses, Rows
 from pipeline.encoders.topk import tokens_last
 
@@ -29,6 +29,7 @@ class SampledEncoder:
     def __init__(self, encoding: Sampled, geometry: Geometry, _tables: Any, _device: Any) -> None:
         self.encoding, self.geometry = encoding, geometry
         self.temperatures = geometry.temperatures
+        self.num_uniforms, self.seed = encoding.draws, encoding.seed
 
     def columns(self, _rows: Rows, _head_logprobs_RK: torch.Tensor) -> dict[str, torch.Tensor]:
         """Nothing is common to all temperatures."""
@@ -36,11 +37,8 @@ class SampledEncoder:
 
     def columns_at(self, rows: Rows, masses: Masses) -> dict[str, torch.Tensor]:
         """N draws from the distribution at this temperature."""
-        uniforms_RN = uniforms(
-            self.encoding.seed, rows.block_R, rows.position_R, stream=masses.at, num_draws=self.encoding.draws
-        )
         mass_RV = masses.tail_RV.scatter_(1, rows.head_ids_RK, masses.head_RK)
-        ids_RJ, counts_RJ = count_equal(pick(mass_RV, uniforms_RN))
+        ids_RJ, counts_RJ = count_equal(pick(mass_RV, rows.uniforms_RMN[:, masses.at]).ids_RN)
         mass_RV.scatter_(1, rows.head_ids_RK, 0.0)
         points = self.encoding.num_points(self.geometry)
         return {"draw_ids": ids_RJ[:, :points], "draw_counts": counts_RJ[:, :points]}

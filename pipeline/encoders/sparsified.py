@@ -16,7 +16,7 @@ import torch
 from cache_spec.encodings.sparsified import Sparsified
 from cache_spec.encodings.topk import encode_gaps
 from cache_spec.targets import Array, Geometry
-from pipeline.encoders.draws import pick, uniforms
+from pipeline.encoders.draws import pick
 from pipeline.encoders.spectrum import Masses, Rows
 from pipeline.encoders.topk import tokens_last
 
@@ -28,10 +28,11 @@ class SparsifiedEncoder:
     """A fixed number of tokens by unbiased sparsification."""
 
     float64 = True
+    num_uniforms = 2
 
     def __init__(self, encoding: Sparsified, geometry: Geometry, _tables: Any, _device: Any) -> None:
         self.encoding, self.geometry = encoding, geometry
-        self.num_head, self.temperatures = encoding.k, geometry.temperatures
+        self.num_head, self.temperatures, self.seed = encoding.k, geometry.temperatures, encoding.seed
 
     def columns(self, _rows: Rows, _head_logprobs_RK: torch.Tensor) -> dict[str, torch.Tensor]:
         """Nothing is common to all temperatures."""
@@ -39,7 +40,7 @@ class SparsifiedEncoder:
 
     def columns_at(self, rows: Rows, masses: Masses) -> dict[str, torch.Tensor]:
         """Kept ids and log-probabilities at this temperature."""
-        uniforms_R2 = uniforms(self.encoding.seed, rows.block_R, rows.position_R, stream=masses.at, num_draws=2)
+        uniforms_R2 = rows.uniforms_RMN[:, masses.at]
         ids_RK, probs_RK = sparsify(masses.head_RK, rows.head_ids_RK, masses.tail_RV, uniforms_R2[:, :1])
         levels_RK = round_at_random(probs_RK, self.encoding.levels, uniforms_R2[:, 1:])
         return {"kept_ids": ids_RK, "kept_logprobs": 2 * (levels_RK / self.encoding.levels).log()}
@@ -72,7 +73,7 @@ def sparsify(
     values_RK = torch.where(is_exact_RK, head64_RK, share_R1)
     fractions_RK = ((rank_K - exact_R1).clamp_min(0) + uniforms_R1) / places_R1
     mass_RV = tail_RV.scatter_(1, head_ids_RK, torch.where(is_exact_RK, 0.0, head_RK))
-    ids_RK = torch.where(is_exact_RK, head_ids_RK, pick(mass_RV, fractions_RK))
+    ids_RK = torch.where(is_exact_RK, head_ids_RK, pick(mass_RV, fractions_RK).ids_RN)
     mass_RV.scatter_(1, head_ids_RK, 0.0)
     return ids_RK, values_RK / values_RK.sum(1, keepdim=True)
 

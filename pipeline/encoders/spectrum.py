@@ -4,7 +4,8 @@ In: float32 logits of R rows. Out: an encoder's columns, entropy and loss. The p
 logits are shared by every encoding, and there are few of them: at half the temperature a mass is the square of what
 it was.
 
-Legend of axes: R rows, V real vocabulary, K kept, M temperatures, G groups, C candidates, D width.
+Legend of axes: R rows, V real vocabulary, K kept, M temperatures, N random numbers, G groups, C candidates,
+D width.
 """
 
 from __future__ import annotations
@@ -23,14 +24,12 @@ _TINY_TAIL = 1e-30
 
 
 class Rows(NamedTuple):
-    """R rows: where they stand, their hidden states, and their most probable tokens."""
+    """R rows: their hidden states, their own random numbers, and their most probable tokens."""
 
     hidden_RD: torch.Tensor
     """Last hidden states, as the teacher gave them."""
-    block_R: torch.Tensor
-    """int64: index of the block in the cache."""
-    position_R: torch.Tensor
-    """int64: position in the block."""
+    uniforms_RMN: torch.Tensor
+    """float64 in [0, 1): as many as the encoder asks for, for each temperature of its grid."""
     head_ids_RK: torch.Tensor
     """int64, most probable first, equal values by ascending id."""
     head_d_RK: torch.Tensor
@@ -59,6 +58,10 @@ class Encoder(Protocol):
     """The grid for which ``columns_at`` is asked; may be empty."""
     float64: bool
     """Whether it counts in float64, which some devices lack."""
+    num_uniforms: int
+    """N: random numbers that it takes for each row and temperature."""
+    seed: int
+    """Of these."""
 
     def columns(self, rows: Rows, head_logprobs_RK: torch.Tensor) -> dict[str, torch.Tensor]:
         """What does not depend on temperature; ``head_logprobs_RK`` is at temperature 1."""
@@ -85,8 +88,7 @@ class Encoded(NamedTuple):
 def encode_logits(
     encoder: Encoder,
     hidden_RD: torch.Tensor,
-    block_R: torch.Tensor,
-    position_R: torch.Tensor,
+    uniforms_RMN: torch.Tensor,
     logits_RV: torch.Tensor,
     next_ids_R: torch.Tensor,
     scratch: tuple[torch.Tensor, torch.Tensor],
@@ -99,7 +101,7 @@ def encode_logits(
     head_logits_RK, head_ids_RK = top_k(logits_RV, encoder.num_head)
     max_R1 = head_logits_RK[:, :1]
     head_d_RK = head_logits_RK - max_R1
-    rows = Rows(hidden_RD, block_R, position_R, head_ids_RK, head_d_RK)
+    rows = Rows(hidden_RD, uniforms_RMN, head_ids_RK, head_d_RK)
     # Hot to cold: a square root would lose the digits of what underflowed, a square loses none.
     temperatures = sorted({1.0, *encoder.temperatures}, reverse=True)
     # d in units in which exp is a power of two, at the first temperature; 3 times faster than exp, and as exact as

@@ -22,6 +22,7 @@ class TopKEncoder:
     """Head and tail odds."""
 
     float64 = False
+    num_uniforms = seed = 0
 
     def __init__(self, encoding: Head, geometry: Geometry, _tables: Any, _device: Any) -> None:
         self.encoding, self.geometry = encoding, geometry

@@ -249,19 +249,17 @@ def _residual(
         tail_V[head], shared_V = 0, np.where(np.isin(np.arange(g.vocab_size), head), 0, shared_V)
         if not tail_V.any():
             continue
-        rounding, above, below = (
-            uniforms(encoding.seed, block, position, stream=3 * at + stream, num_draws=2) for stream in range(3)
-        )
+        fractions = uniforms(encoding.seed, block, position, stream=at, num_draws=4)
         mass = tail_V.sum()
-        odds[block, position, at] = _round_at_random(np.log(mass) - np.log1p(-mass), step, _sigmoid, rounding[0])
+        odds[block, position, at] = _round_at_random(np.log(mass) - np.log1p(-mass), step, _sigmoid, fractions[0])
         difference_V = tail_V / mass - shared_V / shared_V.sum()
         parts = np.maximum(difference_V, 0), np.maximum(-difference_V, 0)
         if not all(part.any() for part in parts):
             continue
         size = _sigmoid(float(odds[block, position, at]) * step) * np.abs(difference_V).sum()
-        masses[block, position, at] = _round_at_random(np.log(size), MASS_STEP_NATS, np.exp, rounding[1])
+        masses[block, position, at] = _round_at_random(np.log(size), MASS_STEP_NATS, np.exp, fractions[1])
         ids[block, position, at] = np.concatenate(
-            [pick(part, (np.arange(half) + draws[0]) / half) for part, draws in zip(parts, (above, below), strict=True)]
+            [pick(part, (np.arange(half) + start) / half) for part, start in zip(parts, fractions[2:], strict=True)]
         )
     return {
         "tail_log_odds": _tokens_last(odds),

@@ -149,7 +149,7 @@ def test_uniforms_are_splitmix_hashes() -> None:
 
     golden = 0x9E3779B97F4A7C15
     block_R, position_R = torch.tensor([0, 3, 1 << 40]), torch.tensor([0, 1023, 7])
-    found = uniforms((1 << 63) - 1, block_R, position_R, stream=5, num_draws=4)
+    found = uniforms((1 << 63) - 1, block_R, position_R, num_streams=6, num_draws=4)[:, 5]
     for row, (block, position) in enumerate(zip(block_R.tolist(), position_R.tolist(), strict=True)):
         key = mix((mix(((1 << 63) - 1 + golden) % (1 << 64)) + block * golden) % (1 << 64))
         key = mix((key + (position + 1) * golden) % (1 << 64))
@@ -162,7 +162,7 @@ def test_uniforms_are_uniform_and_uncorrelated() -> None:
     """Chi-square over 1,000 cells, in one and in two dimensions: a false alarm in 10,000 each (z of 3.7)."""
     num_rows = 20_000
     blocks_R, positions_R = torch.arange(num_rows) // 100, torch.arange(num_rows) % 100
-    values_RN = uniforms(0, blocks_R, positions_R, stream=0, num_draws=50)
+    values_RN = uniforms(0, blocks_R, positions_R, num_streams=1, num_draws=50)[:, 0]
     cells = (values_RN.flatten() * 1000).long()
     # The same draw of the row's next position, and the next draw of the same position.
     across = (values_RN[:-1] * 32).long() * 32 + (values_RN[1:] * 32).long()
@@ -183,7 +183,7 @@ def test_picks_are_where_a_float64_sum_over_all_ids_says(vocab_size: int) -> Non
     mass_RV[2, 3] = 1e-30
     fractions_RN = torch.rand(4, 300, dtype=torch.float64)
     fractions_RN[:, 0], fractions_RN[:, 1] = 0.0, 1 - 2**-53
-    found_RN = pick(mass_RV, fractions_RN).numpy()
+    found_RN = pick(mass_RV, fractions_RN).ids_RN.numpy()
     for mass_V, fractions_N, found_N in zip(mass_RV.numpy(), fractions_RN.numpy(), found_RN, strict=True):
         assert (mass_V[found_N] > 0).all()
         ends_V = mass_V.astype(np.float64).cumsum()
@@ -211,7 +211,7 @@ def sparsified_row(probs_V: Any, k: int, uniform: float) -> tuple[list[int], lis
 
 def test_large_probabilities_are_exact_and_small_ones_share_what_is_left() -> None:
     probs_V = [0.05, 0.5, 0.05, 0.1, 0.05, 0.25]
-    for uniform in (0.0, 0.3, 0.6, 0.99):
+    for uniform in (0.0, 0.3, 0.7, 0.99):  # none at an edge
         ids, probs = sparsified_row(probs_V, 4, uniform)
         assert ids[:2] == [1, 5]
         np.testing.assert_allclose(probs, [0.5, 0.25, 0.125, 0.125], rtol=1e-6)

@@ -46,6 +46,6 @@ def test_an_encoder_makes_what_the_specification_says(case: object) -> None:
 @pytest.mark.parametrize(("seed", "block", "position", "stream"), [(0, 0, 0, 0), (2**63 - 1, 2**40, 4095, 7)])
 def test_uniform_numbers_are_those_of_the_specification(seed: int, block: int, position: int, stream: int) -> None:
     block_R, position_R = torch.tensor([block]), torch.tensor([position])
-    found_RN = uniforms(seed, block_R, position_R, stream=stream, num_draws=50)
+    found_RN = uniforms(seed, block_R, position_R, num_streams=stream + 1, num_draws=50)[:, stream]
     expected_N = examples.uniforms(seed, block, position, stream=stream, num_draws=50)
     assert found_RN[0].tolist() == expected_N.tolist()
