@@ -30,6 +30,7 @@ from typing import Any
 
 from benchmarks.storage.content import Sizes, Source, copy_cache, make_up
 from benchmarks.storage.engines import ENGINES
+from benchmarks.workers import Process
 from train.order import EpochOrder, keyed_permutation
 
 BATCH_BLOCKS = 8
@@ -37,46 +38,15 @@ BATCH_BLOCKS = 8
 _TOO_SLOW_MS = 2_000
 MANY_SHARDS = (10, 1_000, 10_000)
 ORDERS = ("sequential", "random", "shuffled")
-_ROOT = Path(__file__).parents[2]
 # Libraries read these when they are loaded.
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "BLOSC_NTHREADS", "RAYON_NUM_THREADS")
-_ONE_CORE = {**dict.fromkeys(_THREADS, "1"), "HF_HUB_OFFLINE": "1"}
+_ONE_CORE = dict.fromkeys(_THREADS, "1")
 _MOSAIC = "mosaicml-streaming"
 
 
-class Process:
+def start(engine: str, python: str) -> Process:
     """An engine's worker."""
-
-    def __init__(self, engine: str, python: str = sys.executable) -> None:
-        self.engine = engine
-        self._process = subprocess.Popen(
-            [python, "-m", "benchmarks.storage.worker", engine],
-            cwd=_ROOT,
-            env={**os.environ, **_ONE_CORE},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def ask(self, do: str, **order: Any) -> dict[str, Any]:
-        """The answer to one order; RuntimeError for one that failed."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps({"do": do, **order}) + "\n")
-        self._process.stdin.flush()
-        line = self._process.stdout.readline()
-        answer: dict[str, Any] = json.loads(line) if line else {"error": "the process ended"}
-        if "error" in answer:
-            raise RuntimeError(f"{do}: {answer['error']}")
-        return answer
-
-    def close(self) -> None:
-        """End the process."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.close()
-        self._process.wait()
-        self._process.stdout.close()
+    return Process("benchmarks.storage.worker", engine, python=python, environment=_ONE_CORE)
 
 
 def measure(source: Source, work: Path, pythons: dict[str, str], options: argparse.Namespace) -> dict[str, Any]:
@@ -114,7 +84,7 @@ def measure(source: Source, work: Path, pythons: dict[str, str], options: argpar
             turns[name].setdefault(what, []).append(answer)
 
         for name, python in pythons.items():
-            running[name] = Process(name, python)
+            running[name] = start(name, python)
         stack.callback(lambda: _close_all(running))
         folders = {name: work / (ENGINES[name].files_of or name) for name in pythons}
         for name in list(running):  # libraries are loaded by first use, which is nobody's speed or memory
@@ -169,7 +139,7 @@ def measure(source: Source, work: Path, pythons: dict[str, str], options: argpar
                 continue
             # A process that has worked keeps memory that the system counts already.
             running[name].close()
-            running[name] = Process(name, pythons[name])
+            running[name] = start(name, pythons[name])
             with engine(name) as process:
                 ask = {"folder": str(folders[name]), "batch_blocks": BATCH_BLOCKS}
                 process.ask("memory", source=str(source.folder), blocks=orders["sequential"][:8], **ask)
@@ -206,7 +176,7 @@ def open_many(work: Path, pythons: dict[str, str], counts: tuple[int, ...]) -> d
             results |= {name: {"skipped": "keeps one file"} for name in readers}
             continue
         with ExitStack() as stack:
-            running = {name: Process(name, pythons[name]) for name in readers}
+            running = {name: start(name, pythons[name]) for name in readers}
             for process in running.values():
                 stack.callback(process.close)
             for count in counts:

@@ -7,10 +7,8 @@ Processes take turns, so no engine's caches, threads or memory count for another
 from __future__ import annotations
 
 import gc
-import json
 import os
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -19,40 +17,10 @@ import numpy as np
 
 from benchmarks.storage.content import MODEL_ARRAYS, Sizes, Source
 from benchmarks.storage.engines import ENGINES, Read
+from benchmarks.workers import Peak, answer_orders
 
-_SAMPLE_S = 0.002
 # A set that takes this long to open need not be opened again.
 _OPENING_S = 2.0
-
-
-def anonymous_bytes() -> int:
-    """Resident memory of this process that no file backs."""
-    with open("/proc/self/status", encoding="ascii") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon"))
-
-
-class Peak:
-    """The most anonymous memory since it was entered, by sampling."""
-
-    def __enter__(self) -> Peak:
-        gc.collect()
-        self.start_bytes = self.most_bytes = anonymous_bytes()
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-        return self
-
-    def _watch(self) -> None:
-        while not self._done.wait(_SAMPLE_S):
-            self.most_bytes = max(self.most_bytes, anonymous_bytes())
-
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-        self._thread.join()
-
-    @property
-    def grown_bytes(self) -> int:
-        return self.most_bytes - self.start_bytes
 
 
 class Worker:
@@ -135,9 +103,6 @@ class Worker:
 
 
 def main() -> None:
-    # Libraries print; answers go to a copy of standard output that they do not know.
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     try:
         from numcodecs import blosc
@@ -145,14 +110,7 @@ def main() -> None:
         blosc.set_nthreads(1)
     except ImportError:
         pass
-    worker = Worker(sys.argv[1])
-    for line in sys.stdin:
-        order = json.loads(line)
-        try:
-            answer = getattr(worker, order.pop("do"))(**order)
-        except Exception as error:  # an engine may raise anything; the benchmark reports it beside the others' figures
-            answer = {"error": f"{type(error).__name__}: {error}"[:300]}
-        print(json.dumps(answer), file=answers, flush=True)
+    answer_orders(Worker(sys.argv[1]))
 
 
 if __name__ == "__main__":
