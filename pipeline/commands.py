@@ -117,10 +117,13 @@ def train_student(config: TrainConfig, dry_run: bool, as_json: bool) -> None:
     Only copied layers are read from the teacher's files, once, at the start. Run the same command again to go on
     after an interruption.
     """
-    from train.loop import plan, train
+    from train.loop import train
+    from train.planning import plan
+    from train.ranks import ranks_of_environment
 
     result = plan(config) if dry_run else train(config, quiet=as_json)
-    emit(as_json, result, [f"{name:<18}{_shown(value)}" for name, value in result.items()])
+    if ranks_of_environment().is_first:
+        emit(as_json, result, [f"{name:<18}{_shown(value)}" for name, value in result.items()])
 
 
 @click.command()
