@@ -61,6 +61,10 @@ class TrainConfig(BaseModel):
 
     temperature: float = Field(default=1.0, gt=0)
     """Temperature of the distillation loss; one of those declared in the cache."""
+    divergence: Literal["forward", "reverse", "js"] = "forward"
+    """Divergence from the teacher: KL(teacher || student), KL(student || teacher) or Jensen-Shannon between them."""
+    js_beta: float | None = Field(default=None, gt=0, lt=1)
+    """Share of the teacher in the mixture of divergence = js; default: 0.5."""
     kl_weight: float = Field(default=0.9, ge=0)
     """Weight of the divergence from the teacher's distribution."""
     ce_weight: float = Field(default=0.1, ge=0)
@@ -135,6 +139,8 @@ class TrainConfig(BaseModel):
     def _settings_fit_together(self) -> Self:
         if self.kl_weight + self.ce_weight + self.cosine_weight + self.mse_weight == 0:
             raise ValueError("every loss weight is zero: nothing would be learnt")
+        if self.js_beta is not None and self.divergence != "js":
+            raise ValueError(f"js_beta means nothing with divergence = {self.divergence}")
         if self.num_layers is not None and self.layer_indices is not None:
             raise ValueError("give num_layers or layer_indices, not both")
         if self.student == "checkpoint" and self.checkpoint is None:

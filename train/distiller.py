@@ -33,7 +33,7 @@ class LossWeights:
     """The weight of each term in the loss; each term is a mean over its own count."""
 
     kl: float
-    """Of the squared temperature times KL(teacher || student), per real token that has a target."""
+    """Of the squared temperature times the divergence from the teacher, per real token that has a target."""
     ce: float
     """Of the cross-entropy at temperature 1, per real token that has a next one."""
     cosine: float = 0.0
@@ -136,6 +136,7 @@ class Distiller(nn.Module):
             ce_scale=_scale(self.weights.ce, counts.ce_tokens),
             chunk_rows=self.chunk_rows,
             vocab_size=self.targets.vocab_size,
+            divergence=self.targets.divergence,
         )
         loss, cosine, mse = head.total, torch.zeros_like(head.kl_sum), torch.zeros_like(head.kl_sum)
         if self.weights.uses_hidden:
