@@ -52,7 +52,7 @@ from train.run_folder import (
     refuse_foreign,
     write_result,
 )
-from train.schedule import learning_rate
+from train.schedule import learning_rate, scheduled_weights, weights_at
 from train.student import quiet_transformers
 
 logger = logging.getLogger("kdpipe")
@@ -156,7 +156,7 @@ def _take_steps(run: Run, *, quiet: bool) -> None:
         temperature=config.temperature,
         seed=config.seed,
         window_shards=config.window_shards,
-        with_hidden=run.distiller.weights.uses_hidden,
+        with_hidden=run.distiller.peak_weights.uses_hidden,
         pin_memory=run.device.type == "cuda",
     )
     with contextlib.ExitStack() as stack:
@@ -217,6 +217,8 @@ class _Outcome:
     loss: float
     terms: dict[str, float]
     """Mean of each term that has weight, over what it counts."""
+    weights: dict[str, float]
+    """Of those terms whose weight follows a schedule."""
     grad_norm: float
     tokens: int
 
@@ -231,6 +233,7 @@ class _Outcome:
             "lr": self.learning_rate,
             "loss": self.loss,
             **self.terms,
+            **self.weights,
             "grad_norm": self.grad_norm,
         }
 
@@ -244,7 +247,9 @@ def _step(run: Run, batches: Iterator[MicroBatch], interrupts: Interrupts) -> _O
         peak=config.learning_rate,
         schedule=config.schedule,
         warmup=config.warmup,
+        cooldown=config.cooldown,
     )
+    run.distiller.weights = weights_at(config, run.distiller.peak_weights, run.position.step, run.plan.total_steps)
     for group in run.optimizer.param_groups:
         group["lr"] = rate
     seen: list[IndexArray] = []
@@ -275,6 +280,7 @@ def _step(run: Run, batches: Iterator[MicroBatch], interrupts: Interrupts) -> _O
         learning_rate=rate,
         loss=values[0],
         terms=_terms(run.distiller, values[1:5], counts),
+        weights=scheduled_weights(config, run.distiller.weights),
         grad_norm=values[5],
         tokens=int(counts.kl_tokens),
     )

@@ -90,6 +90,25 @@ def test_a_student_learns_from_every_encoding_and_is_evaluated_against_it(
     assert 0 <= figures["ece"] <= 1
 
 
+def test_weights_follow_their_schedules_and_are_logged(caches: dict[str, Path], tmp_path: Path) -> None:
+    changed = {"kl_schedule": "linear:1:0:0.5", "ce_schedule": "linear:0:2", "hidden_schedule": "first:0.5"}
+    config = settings(caches["topk"], tmp_path / "run", max_steps=4, cosine_weight=0.5, schedule="wsd", **changed)
+    train(config, quiet=True)
+    logged = lines(tmp_path / "run")
+    assert [line["kl_weight"] for line in logged] == pytest.approx([0.9, 0, 0, 0])
+    assert [line["ce_weight"] for line in logged] == pytest.approx([0, 0.2 / 3, 0.4 / 3, 0.2])
+    assert [line["cosine_weight"] for line in logged] == [0.5, 0.5, 0, 0]
+    assert [{"kl", "ce", "cosine"} & set(line) for line in logged] == [
+        {"kl", "cosine"},
+        {"ce", "cosine"},
+        {"ce"},
+        {"ce"},
+    ]
+    for line in logged:
+        loss = sum(line[f"{name}_weight"] * line.get(name, 0.0) for name in ("kl", "ce", "cosine"))
+        assert line["loss"] == pytest.approx(loss, rel=1e-5)
+
+
 @pytest.mark.parametrize("tail", ["bucket", "renormalise", "uniform", "gold", "prototype"])
 def test_every_treatment_of_the_tail_trains_and_is_written_down(
     caches: dict[str, Path], tmp_path: Path, tail: str

@@ -286,6 +286,22 @@ def test_projection_exists_only_for_a_hidden_loss_between_different_widths() -> 
     assert make_distiller(make_student(width=8), weights=LossWeights(kl=1.0, ce=1.0, mse=0.1)).projection is not None
 
 
+def test_a_hidden_loss_that_its_schedule_leaves_out_costs_nothing_and_its_projection_still_gets_a_gradient() -> None:
+    torch.manual_seed(0)
+    distiller, batch = make_distiller(make_student(width=8)), make_batch()
+    counts = count_terms(batch.lengths_B, WINDOW)
+    distiller.weights = replace(ALL_TERMS, cosine=0.0, mse=0.0)
+    got: DistilOutput = distiller(replace(batch, hidden_BWD=None), counts)
+    assert float(got.cosine_sum) == float(got.mse_sum) == 0
+    torch.testing.assert_close(
+        got.loss.detach(), 0.6 * got.kl_sum / counts.kl_tokens + 0.4 * got.ce_sum / counts.ce_tokens
+    )
+    got.loss.backward()
+    assert distiller.projection is not None
+    assert distiller.projection.weight.grad is not None
+    assert not distiller.projection.weight.grad.any()
+
+
 def test_micro_batches_with_global_counts_sum_to_one_big_batch() -> None:
     torch.manual_seed(0)
     distiller, batch = make_distiller(make_student()), make_batch()
