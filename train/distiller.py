@@ -33,7 +33,7 @@ class LossWeights:
     """The weight of each term in the loss; each term is a mean over its own count."""
 
     kl: float
-    """Of the squared temperature times KL(teacher || student), per real token that has a target."""
+    """Of the squared temperature times the divergence from the teacher, per real token that has a target."""
     ce: float
     """Of the cross-entropy at temperature 1, per real token that has a next one."""
     cosine: float = 0.0
@@ -103,7 +103,11 @@ class Distiller(nn.Module):
                 hint="set both weights to 0 or cache hidden states",
             )
         self.student = student
-        self.targets, self.weights, self.window = targets, weights, window
+        self.targets, self.window = targets, window
+        self.peak_weights = weights
+        """What a schedule starts from; a hidden loss without weight here is never computed."""
+        self.weights = weights
+        """Of the next step."""
         self.chunk_rows = chunk_rows or max(1, CHUNK_BYTES // (4 * vocab_size))
         student_width = weight_VD.shape[1]
         self.projection: nn.Linear | None = None
@@ -136,6 +140,7 @@ class Distiller(nn.Module):
             ce_scale=_scale(self.weights.ce, counts.ce_tokens),
             chunk_rows=self.chunk_rows,
             vocab_size=self.targets.vocab_size,
+            divergence=self.targets.divergence,
         )
         loss, cosine, mse = head.total, torch.zeros_like(head.kl_sum), torch.zeros_like(head.kl_sum)
         if self.weights.uses_hidden:
@@ -146,6 +151,9 @@ class Distiller(nn.Module):
             if self.weights.mse > 0:
                 mse = mse_sum(student_BWD, teacher_BWD, mask_BW)
                 loss = loss + _scale(self.weights.mse, counts.hidden_windows) * mse
+        elif self.projection is not None:
+            # While a schedule leaves it out, DDP still waits for its gradient.
+            loss = loss + 0.0 * self.projection.weight.sum()
         return DistilOutput(loss, head.kl_sum, head.ce_sum, cosine.detach(), mse.detach())
 
     def kl_count(self, counts: TermCounts) -> float:

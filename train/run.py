@@ -31,11 +31,12 @@ from train.checkpoint import (
 )
 from train.config import TrainConfig
 from train.distiller import Distiller, LossWeights, check_student_head
+from train.loss_divergences import Divergence
 from train.parallel import is_slice, whole, wrap
 from train.ranks import Ranks
 from train.run_folder import CHECKPOINTS_NAME, rebuild_student, save_student_config, set_dropout, write_run
 from train.student import StudentBuild, build_student
-from train.teacher_targets import TeacherTargets, pick_tail
+from train.teacher_targets import TeacherTargets, check_divergence, pick_tail
 
 logger = logging.getLogger("kdpipe")
 
@@ -192,7 +193,12 @@ def build_distiller(
     manifest = reader.manifest
     distiller = Distiller(
         student,
-        targets=TeacherTargets.of_cache(reader, temperature=config.temperature, tail=pick_tail(config.tail, manifest)),
+        targets=TeacherTargets.of_cache(
+            reader,
+            temperature=config.temperature,
+            tail=config.tail,
+            divergence=Divergence(config.divergence, 0.5 if config.js_beta is None else config.js_beta),
+        ),
         teacher_width=manifest.teacher.hidden_size,
         weights=weights,
         window=manifest.hidden.window if manifest.hidden else None,
@@ -278,6 +284,7 @@ def run_identity(
 def loss_weights(config: TrainConfig, reader: CacheReader) -> LossWeights:
     """Check that the cache has what the loss asks for."""
     reader.manifest.temperature_index(config.temperature)
+    check_divergence(config.divergence, pick_tail(config.tail, reader.manifest), reader.manifest)
     weights = LossWeights(kl=config.kl_weight, ce=config.ce_weight, cosine=config.cosine_weight, mse=config.mse_weight)
     if weights.uses_hidden and reader.manifest.hidden is None:
         raise BadInputError(

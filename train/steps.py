@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -25,7 +26,7 @@ from train.order import IndexArray
 from train.parallel import one_pass, whole
 from train.ranks import Ranks
 from train.run import Run, autocast
-from train.schedule import learning_rate
+from train.schedule import learning_rate, scheduled_weights, weights_at
 
 _GO_ON, _STOP, _FAIL = range(3)
 
@@ -39,8 +40,12 @@ class Outcome:
     loss: float
     terms: dict[str, float]
     """Mean of each term that has weight, over what it counts."""
+    weights: dict[str, float]
+    """Of those terms whose weight follows a schedule."""
     grad_norm: float
     tokens: int
+    wait_s: float
+    """Seconds that the step waited for its data."""
 
     def words(self) -> list[str]:
         """The loss and its terms, for the progress bar."""
@@ -55,7 +60,9 @@ class Outcome:
             "lr": self.learning_rate,
             "loss": self.loss,
             **self.terms,
+            **self.weights,
             "grad_norm": self.grad_norm,
+            "wait_s": round(self.wait_s, 6),
         }
 
 
@@ -68,9 +75,11 @@ def take_step(run: Run, batches: Iterator[MicroBatch], interrupts: Interrupts, c
     rate = set_schedules(run)
     seen: list[IndexArray] = []
     sums: list[Tensor] = []
-    ended = False
+    ended, wait_s = False, 0.0
     while not ended:
+        began = time.perf_counter()
         micro = _next_micro(ranks, batches, interrupts, check)
+        wait_s += time.perf_counter() - began
         assert micro.step == run.position.step
         torch.manual_seed(pass_seed(config.seed, micro.step, micro.number))
         with one_pass(run.model, last=micro.ends_step):
@@ -95,22 +104,25 @@ def take_step(run: Run, batches: Iterator[MicroBatch], interrupts: Interrupts, c
         learning_rate=rate,
         loss=values[0],
         terms=_terms(run.distiller, values[1:5], counts),
+        weights=scheduled_weights(config, run.distiller.weights),
         grad_norm=values[-1],
         tokens=int(counts.kl_tokens),
+        wait_s=wait_s,
     )
 
 
 def set_schedules(run: Run) -> float:
-    """Give the optimizer the step's learning rate, and return it."""
-    config = run.config
+    """Give the loss the step's weights and the optimizer its learning rate, and return that."""
+    config, total_steps = run.config, run.plan.total_steps
+    step = schedule_step(run.position.step, total_steps, seconds=run.position.seconds, max_hours=config.max_hours)
+    run.distiller.weights = weights_at(config, run.distiller.peak_weights, step, total_steps)
     rate = learning_rate(
-        schedule_step(
-            run.position.step, run.plan.total_steps, seconds=run.position.seconds, max_hours=config.max_hours
-        ),
-        run.plan.total_steps,
+        step,
+        total_steps,
         peak=config.learning_rate,
         schedule=config.schedule,
         warmup=config.warmup,
+        cooldown=config.cooldown,
     )
     for group in run.optimizer.param_groups:
         group["lr"] = rate

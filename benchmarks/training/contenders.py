@@ -124,7 +124,7 @@ class Product(Contender):
             (after - before) / line["tokens_per_s"]
             for (before, after), line in zip(itertools.pairwise(tokens), lines, strict=True)
         ]
-        return {"step_s": seconds, "wait_s": [line.get("wait_s",0) for line in lines]}
+        return {"step_s": seconds, "wait_s": [line["wait_s"] for line in lines]}
 
 
 class ProductCrossEntropy(Product):

@@ -90,6 +90,25 @@ def test_a_student_learns_from_every_encoding_and_is_evaluated_against_it(
     assert 0 <= figures["ece"] <= 1
 
 
+def test_weights_follow_their_schedules_and_are_logged(caches: dict[str, Path], tmp_path: Path) -> None:
+    changed = {"kl_schedule": "linear:1:0:0.5", "ce_schedule": "linear:0:2", "hidden_schedule": "first:0.5"}
+    config = settings(caches["topk"], tmp_path / "run", max_steps=4, cosine_weight=0.5, schedule="wsd", **changed)
+    train(config, quiet=True)
+    logged = lines(tmp_path / "run")
+    assert [line["kl_weight"] for line in logged] == pytest.approx([0.9, 0, 0, 0])
+    assert [line["ce_weight"] for line in logged] == pytest.approx([0, 0.2 / 3, 0.4 / 3, 0.2])
+    assert [line["cosine_weight"] for line in logged] == [0.5, 0.5, 0, 0]
+    assert [{"kl", "ce", "cosine"} & set(line) for line in logged] == [
+        {"kl", "cosine"},
+        {"ce", "cosine"},
+        {"ce"},
+        {"ce"},
+    ]
+    for line in logged:
+        loss = sum(line[f"{name}_weight"] * line.get(name, 0.0) for name in ("kl", "ce", "cosine"))
+        assert line["loss"] == pytest.approx(loss, rel=1e-5)
+
+
 @pytest.mark.parametrize("tail", ["bucket", "renormalise", "uniform", "gold", "prototype"])
 def test_every_treatment_of_the_tail_trains_and_is_written_down(
     caches: dict[str, Path], tmp_path: Path, tail: str
@@ -97,6 +116,49 @@ def test_every_treatment_of_the_tail_trains_and_is_written_down(
     train(settings(caches["prototype"], tmp_path / "run", tail=tail, max_steps=2), quiet=True)
     assert json.loads((tmp_path / "run" / "run.json").read_text())["settings"]["tail"] == tail
     assert f"| tail | {tail} |" in (tmp_path / "run" / "student" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "changed"),
+    [
+        ("topk", {"divergence": "reverse"}),
+        ("prototype", {"divergence": "reverse", "tail": "bucket"}),
+        ("hidden", {"divergence": "reverse"}),
+        ("topk", {"divergence": "js", "js_beta": 0.2}),
+        ("topk", {"divergence": "js", "tail": "renormalise"}),
+        ("topk", {"divergence": "js", "tail": "uniform"}),
+        ("hidden", {"divergence": "js"}),
+    ],
+)
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_a_student_learns_by_every_divergence_that_its_targets_have(
+    caches: dict[str, Path], tmp_path: Path, name: str, changed: dict[str, Any], temperature: float
+) -> None:
+    config = settings(caches[name], tmp_path / "run", temperature=temperature, ce_weight=0.0, **changed)
+    result = train(config, quiet=True)
+    assert 0 <= result["last_step"]["kl"] < 0.9 * lines(tmp_path / "run")[0]["kl"]
+
+
+@pytest.mark.parametrize(
+    ("name", "changed", "said"),
+    [
+        *(
+            (name, {"divergence": kind}, "at random")
+            for name in ("sampled", "sparsified")
+            for kind in ("reverse", "js")
+        ),
+        ("prototype", {"divergence": "js"}, "residual draws"),
+        ("topk", {"divergence": "js", "tail": "gold"}, "next token"),
+        ("topk", {"divergence": "reverse", "tail": "renormalise"}, "infinite"),
+        ("topk", {"divergence": "reverse", "tail": "uniform"}, "spread tail"),
+    ],
+)
+def test_a_divergence_without_a_right_value_is_refused_before_anything_is_made(
+    caches: dict[str, Path], tmp_path: Path, name: str, changed: dict[str, Any], said: str
+) -> None:
+    config = settings(caches[name], tmp_path / "run", **changed)
+    assert said in refused("unsupported-divergence", train, config, quiet=True)
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_tail_that_is_meant_by_none_goes_on_when_it_is_named(caches: dict[str, Path], tmp_path: Path) -> None:

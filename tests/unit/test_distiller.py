@@ -25,6 +25,8 @@ from train.distil_batch import (
     count_terms,
 )
 from train.distiller import Distiller, DistilOutput, LossWeights, check_student_head, shift_labels
+from train.loss_divergences import Divergence
+from train.loss_targets import BucketTargets
 from train.teacher_targets import TeacherTargets
 
 BLOCKS, TIME, WINDOW, KEPT, WIDTH = 3, 12, 4, 5, 16
@@ -154,8 +156,17 @@ def naive_kl(distiller: Distiller, batch: DistilBatch, block: int, log_q_TV: Ten
             in_head = torch.sigmoid(-head.tail_log_odds_BT[block, t])
             p_K = in_head * (head.logprobs_BTK[block, t] / targets.temperature).softmax(dim=0)
             outside_V = torch.ones(VOCAB, dtype=torch.bool).scatter(0, ids_K, False)
-            kl = kl + (p_K * (p_K.log() - log_q_TV[t, ids_K])).sum()
-            kl = kl + (1 - in_head) * ((1 - in_head).log() - log_q_TV[t][outside_V].logsumexp(dim=0))
+            p_M = torch.cat([p_K, (1 - in_head)[None]])
+            log_q_M = torch.cat([log_q_TV[t, ids_K], log_q_TV[t][outside_V].logsumexp(dim=0)[None]])
+            m_M = (p_M + log_q_M.exp()) / 2
+            kl = (
+                kl
+                + {
+                    "forward": (p_M * (p_M.log() - log_q_M)).sum(),
+                    "reverse": (log_q_M.exp() * (log_q_M - p_M.log())).sum(),
+                    "js": (p_M * (p_M / m_M).log() + log_q_M.exp() * (log_q_M - m_M.log())).sum() / 2,
+                }[targets.divergence.kind]
+            )
         return kl
     p_BTV, self_nats_BT = meaning(targets, batch)
     kl_T = self_nats_BT[block, :length] - (p_BTV[block, :length] * log_q_TV).sum(dim=-1)
@@ -232,6 +243,21 @@ def test_points_and_hidden_states_equal_naive(kind: str, temperature: float) -> 
     assert_equals_naive(distiller, make_batch(kind, temperature=temperature))
 
 
+def test_divergences_equal_naive_and_tokens_rounded_to_level_0_are_left_to_the_bucket() -> None:
+    torch.manual_seed(0)
+    batch = make_batch()
+    assert isinstance(batch.targets, HeadTensors)
+    rounded = replace(batch.targets, logprobs_BTK=batch.targets.logprobs_BTK.index_fill(2, torch.tensor([4]), -37.4))
+    for kind in ("forward", "reverse", "js"):
+        targets = make_targets()
+        targets.divergence = Divergence(kind)
+        bucket = targets(rounded, torch.zeros(BLOCKS * TIME, dtype=torch.long))
+        assert isinstance(bucket, BucketTargets)
+        assert bucket.log_probs_NK[:, 4].isneginf().all() == (kind != "forward")
+        assert bucket.log_probs_NK[:, :4].isfinite().all()
+        assert_equals_naive(make_distiller(make_student(), targets), batch)
+
+
 def test_the_teachers_tables_are_no_parameters_and_in_no_checkpoint() -> None:
     for tail, tables in (("prototype", {"tails_CV", "tail_nats_C"}), (None, {"head_weight_VD", "head_bias_V"})):
         distiller = make_distiller(make_student(), make_targets(tail))  # type: ignore[arg-type]
@@ -258,6 +284,22 @@ def test_projection_exists_only_for_a_hidden_loss_between_different_widths() -> 
     assert make_distiller(make_student()).projection is None
     assert make_distiller(make_student(width=8), weights=head_only).projection is None
     assert make_distiller(make_student(width=8), weights=LossWeights(kl=1.0, ce=1.0, mse=0.1)).projection is not None
+
+
+def test_a_hidden_loss_that_its_schedule_leaves_out_costs_nothing_and_its_projection_still_gets_a_gradient() -> None:
+    torch.manual_seed(0)
+    distiller, batch = make_distiller(make_student(width=8)), make_batch()
+    counts = count_terms(batch.lengths_B, WINDOW)
+    distiller.weights = replace(ALL_TERMS, cosine=0.0, mse=0.0)
+    got: DistilOutput = distiller(replace(batch, hidden_BWD=None), counts)
+    assert float(got.cosine_sum) == float(got.mse_sum) == 0
+    torch.testing.assert_close(
+        got.loss.detach(), 0.6 * got.kl_sum / counts.kl_tokens + 0.4 * got.ce_sum / counts.ce_tokens
+    )
+    got.loss.backward()
+    assert distiller.projection is not None
+    assert distiller.projection.weight.grad is not None
+    assert not distiller.projection.weight.grad.any()
 
 
 def test_micro_batches_with_global_counts_sum_to_one_big_batch() -> None:
