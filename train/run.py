@@ -122,6 +122,7 @@ def first_student(config: TrainConfig, reader: CacheReader) -> StudentBuild:
         init=config.student,
         num_layers=config.num_layers,
         layer_indices=config.layer_indices,
+        layers=config.layers,
         overrides=config.student_config or {},
         teacher=config.teacher,
         checkpoint=config.checkpoint,
