@@ -113,8 +113,8 @@ def test_query_heads_stay_with_their_key_value_head() -> None:
 
 
 def test_heads_that_share_follow_the_width(tmp_path: Path) -> None:
-    sizes: dict[str, Any] = {"hidden_size": 36, "num_attention_heads": 9, "num_key_value_heads": 3, "intermediate_size": 48}
-    save_teacher(tmp_path / "t", "llama", **sizes)
+    heads: dict[str, Any] = {"num_attention_heads": 9, "num_key_value_heads": 3}
+    save_teacher(tmp_path / "t", "llama", hidden_size=36, intermediate_size=48, **heads)
     built = build(tmp_path / "t", tmp_path / "c", init="sliced", num_layers=1, overrides={"hidden_size": 16})
     # Each key-value head serves three query heads in the teacher, so one would be too few for four.
     expected = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 24}
