@@ -18,6 +18,7 @@ import torch
 from cache_spec.reader import CacheReader
 from train.distil_batch import DistilBatch, TermCounts, count_terms, to_tensors
 from train.order import EpochOrder, IndexArray
+from train.redraw import redrawn
 
 READ_AHEAD = 2
 
@@ -81,6 +82,7 @@ def micro_batches(
     temperature: float,
     seed: int,
     window_shards: int,
+    draws_per_step: int | None = None,
     with_hidden: bool = True,
     pin_memory: bool = False,
 ) -> Iterator[MicroBatch]:
@@ -105,11 +107,13 @@ def micro_batches(
         counts = count_terms(torch.from_numpy(reader.lengths(step_blocks).astype(np.int64)), window)
         pieces = [step_blocks[i : i + plan.batch_blocks] for i in range(0, len(step_blocks), plan.batch_blocks)]
         for number, blocks in enumerate(pieces):
+            stored = reader.batch(blocks, temperature, with_hidden=with_hidden)
+            stored = redrawn(stored, manifest, blocks, draws_per_step=draws_per_step, seed=seed, epoch=epoch)
             yield MicroBatch(
                 step=step,
                 epoch=epoch,
                 blocks=blocks,
-                batch=to_tensors(reader.batch(blocks, temperature, with_hidden=with_hidden), pin_memory=pin_memory),
+                batch=to_tensors(stored, pin_memory=pin_memory),
                 counts=counts,
                 ends_step=number == len(pieces) - 1,
             )

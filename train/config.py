@@ -77,6 +77,9 @@ class TrainConfig(BaseModel):
     and the head rescaled, spread evenly, or go to the text's next token; default: prototype where the cache has them,
     else bucket."""
 
+    draws_per_step: int | None = Field(default=None, gt=0)
+    """Of a cache of drawn tokens, use so many draws of each, others in every epoch; default: all of them."""
+
     epochs: int = Field(default=1, gt=0)
     """Passes over the cache."""
     max_steps: int | None = Field(default=None, gt=0)

@@ -105,6 +105,7 @@ def _plan(config: TrainConfig, device: torch.device) -> dict[str, Any]:
         temperature=config.temperature,
         seed=config.seed,
         window_shards=config.window_shards,
+        draws_per_step=config.draws_per_step,
     )
     micro = next(items)
     with torch.random.fork_rng(devices=[]):
@@ -156,6 +157,7 @@ def _take_steps(run: Run, *, quiet: bool) -> None:
         temperature=config.temperature,
         seed=config.seed,
         window_shards=config.window_shards,
+        draws_per_step=config.draws_per_step,
         with_hidden=run.distiller.weights.uses_hidden,
         pin_memory=run.device.type == "cuda",
     )

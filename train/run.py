@@ -21,6 +21,7 @@ from train.batches import StepPlan
 from train.checkpoint import Position, load_latest, refuse_another_run, restore, save_checkpoint
 from train.config import TrainConfig
 from train.distiller import Distiller, LossWeights, check_student_head
+from train.redraw import check_draws
 from train.run_folder import CHECKPOINTS_NAME, rebuild_student, save_student_config, set_dropout, write_run
 from train.student import StudentBuild, build_student
 from train.teacher_targets import TeacherTargets, pick_tail
@@ -223,6 +224,7 @@ def run_identity(config: TrainConfig, reader: CacheReader, precision: Precision)
 def loss_weights(config: TrainConfig, reader: CacheReader) -> LossWeights:
     """Check that the cache has what the loss asks for."""
     reader.manifest.temperature_index(config.temperature)
+    check_draws(config.draws_per_step, reader.manifest)
     weights = LossWeights(kl=config.kl_weight, ce=config.ce_weight, cosine=config.cosine_weight, mse=config.mse_weight)
     if weights.uses_hidden and reader.manifest.hidden is None:
         raise BadInputError(
