@@ -11,8 +11,9 @@ from typing import Any
 
 import click
 
-from cache_spec.errors import EXIT_BAD_INPUT
+from cache_spec.errors import EXIT_BAD_INPUT, EXIT_DONE
 from pipeline.config import CaptureConfig, TranscodeConfig
+from pipeline.family_command import FamilyOptions, family_options, run_family
 from pipeline.settings import emit, settings
 from train.config import TrainConfig
 from train.evaluate_config import EvaluateConfig
@@ -109,14 +110,18 @@ def inspect(cache: Path, as_json: bool) -> None:
 
 @click.command("train-student")
 @settings(TrainConfig, "train-student")
+@family_options
 @dry_run
 @as_json
-def train_student(config: TrainConfig, dry_run: bool, as_json: bool) -> None:
-    """Train a student from a cache, without the teacher.
+def train_student(config: TrainConfig, family: FamilyOptions, dry_run: bool, as_json: bool) -> int:
+    """Train a student from a cache, without the teacher; or, with --students, many of them.
 
     Only copied layers are read from the teacher's files, once, at the start. Run the same command again to go on
     after an interruption.
     """
+    if family.students is not None:
+        return run_family(config, family, dry_run=dry_run, as_json=as_json)
+    family.refuse_alone()
     from train.loop import train
     from train.planning import plan
     from train.ranks import ranks_of_environment
@@ -124,6 +129,7 @@ def train_student(config: TrainConfig, dry_run: bool, as_json: bool) -> None:
     result = plan(config) if dry_run else train(config, quiet=as_json)
     if ranks_of_environment().is_first:
         emit(as_json, result, [f"{name:<18}{_shown(value)}" for name, value in result.items()])
+    return EXIT_DONE
 
 
 @click.command()

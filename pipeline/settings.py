@@ -93,11 +93,7 @@ def read_recipe(name: str) -> dict[str, dict[str, Any]]:
     """The sections of a recipe file, or of a shipped recipe by its name; keys may use ``-`` or ``_``."""
     import yaml
 
-    candidates = [Path(name), *(folder / f"{name}.yaml" for folder in RECIPE_FOLDERS)]
-    path = next((p for p in candidates if os.path.isfile(p)), None)  # a name too long for a file is none
-    if path is None:
-        shipped = sorted({p.stem for folder in RECIPE_FOLDERS for p in folder.glob("*.yaml")})
-        raise BadInputError("unknown-recipe", name, expected="a YAML file or one of " + ", ".join(shipped))
+    path = recipe_path(name)
     try:
         body = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, ValueError, RecursionError, OSError) as error:
@@ -106,8 +102,20 @@ def read_recipe(name: str) -> dict[str, dict[str, Any]]:
         raise BadInputError("bad-recipe", path, expected="one mapping per command")
     for section in body:
         if section not in COMMANDS:
-            raise BadInputError("unknown-key", f"{path}: {section}", expected="one of " + ", ".join(COMMANDS))
+            hint = "a file of students goes to train-student --students" if "students" in body else None
+            expected = "one of " + ", ".join(COMMANDS)
+            raise BadInputError("unknown-key", f"{path}: {section}", expected=expected, hint=hint)
     return {section: {str(key).replace("-", "_"): v for key, v in part.items()} for section, part in body.items()}
+
+
+def recipe_path(name: str) -> Path:
+    """A YAML file by its path, or a shipped one by its name."""
+    candidates = [Path(name).expanduser(), *(folder / f"{name}.yaml" for folder in RECIPE_FOLDERS)]
+    path = next((p for p in candidates if os.path.isfile(p)), None)  # a name too long for a file is none
+    if path is None:
+        shipped = sorted({p.stem for folder in RECIPE_FOLDERS for p in folder.glob("*.yaml")})
+        raise BadInputError("unknown-recipe", name, expected="a YAML file or one of " + ", ".join(shipped))
+    return path
 
 
 def _names(model: type[BaseModel]) -> list[str]:

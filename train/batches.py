@@ -19,6 +19,7 @@ import torch
 from cache_spec.reader import CacheReader
 from train.distil_batch import DistilBatch, TermCounts, count_terms, to_tensors
 from train.order import EpochOrder, IndexArray
+from train.redraw import redrawn
 
 READ_AHEAD = 2
 
@@ -87,6 +88,7 @@ def micro_batches(
     seed: int,
     window_shards: int,
     rank: int = 0,
+    draws_per_step: int | None = None,
     with_hidden: bool = True,
     pin_memory: bool = False,
 ) -> Iterator[MicroBatch]:
@@ -109,7 +111,9 @@ def micro_batches(
             number = turn * plan.num_ranks + rank
             idle = number >= len(pieces)
             blocks = pieces[-1][:1] if idle else pieces[number]
-            batch = to_tensors(reader.batch(blocks, temperature, with_hidden=with_hidden), pin_memory=pin_memory)
+            stored = reader.batch(blocks, temperature, with_hidden=with_hidden)
+            stored = redrawn(stored, manifest, blocks, draws_per_step=draws_per_step, seed=seed, epoch=epoch)
+            batch = to_tensors(stored, pin_memory=pin_memory)
             yield MicroBatch(
                 step=step,
                 epoch=epoch,

@@ -52,10 +52,13 @@ class TrainConfig(BaseModel):
     out: Path
     """Folder of this run: checkpoints, metrics and, at the end, the student."""
 
-    student: Literal["teacher-layers", "config", "checkpoint"] = "teacher-layers"
-    """How the student starts: some of the teacher's layers, a fresh model by config, or an existing model."""
+    student: Literal["teacher-layers", "sliced", "config", "checkpoint"] = "teacher-layers"
+    """How the student starts: some of the teacher's layers, these cut to smaller sizes (of student_config), a fresh
+    model by config, or an existing model."""
     num_layers: int | None = Field(default=None, gt=0)
-    """Number of layers of the student, spread evenly over the teacher's."""
+    """Number of layers of the student; with student = sliced by default all."""
+    layers: Literal["spread", "first", "last"] = "spread"
+    """Which of the teacher's layers num_layers takes: evenly spaced ones, first and last included, or an end."""
     layer_indices: tuple[int, ...] | None = None
     """The teacher's layers to copy, from 0, in order (in place of num_layers)."""
     student_config: dict[str, Any] | None = None
@@ -96,6 +99,9 @@ class TrainConfig(BaseModel):
     """What the mass outside a cached head does: follow the cache's shared distributions, fill one bucket, be dropped
     and the head rescaled, spread evenly, or go to the text's next token; default: prototype where the cache has them,
     else bucket."""
+
+    draws_per_step: int | None = Field(default=None, gt=0)
+    """Of a cache of drawn tokens, use so many draws of each, others in every epoch; default: all of them."""
 
     epochs: int = Field(default=1, gt=0)
     """Passes over the cache."""
@@ -200,10 +206,13 @@ class TrainConfig(BaseModel):
             raise ValueError("student = checkpoint needs checkpoint")
         if self.student != "checkpoint" and self.checkpoint is not None:
             raise ValueError(f"checkpoint means nothing with student = {self.student}")
-        if self.student != "teacher-layers" and self.layer_indices is not None:
+        is_copied = self.student in ("teacher-layers", "sliced")
+        if not is_copied and self.layer_indices is not None:
             raise ValueError(f"layer_indices means nothing with student = {self.student}")
-        if self.student == "teacher-layers" and self.initializer_range is not None:
-            raise ValueError("initializer_range means nothing with student = teacher-layers: its weights are copied")
+        if self.layers != "spread" and (not is_copied or self.num_layers is None):
+            raise ValueError(f"layers = {self.layers} needs num_layers and a student of the teacher's layers")
+        if is_copied and self.initializer_range is not None:
+            raise ValueError(f"initializer_range means nothing with student = {self.student}: its weights are copied")
         if self.student == "checkpoint":
             for name in ("num_layers", "student_config", "initializer_range"):
                 if getattr(self, name) is not None:

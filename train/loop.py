@@ -102,6 +102,7 @@ def _take_steps(run: Run, held_out: HeldOut | None, *, quiet: bool) -> None:
         seed=config.seed,
         window_shards=config.window_shards,
         rank=run.ranks.rank,
+        draws_per_step=config.draws_per_step,
         with_hidden=run.distiller.peak_weights.uses_hidden,
         pin_memory=run.device.type == "cuda",
     )

@@ -51,6 +51,7 @@ def _plan(config: TrainConfig, device: torch.device) -> dict[str, Any]:
         temperature=config.temperature,
         seed=config.seed,
         window_shards=config.window_shards,
+        draws_per_step=config.draws_per_step,
     )
     micro = next(items)
     with torch.random.fork_rng(devices=[]):

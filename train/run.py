@@ -34,6 +34,7 @@ from train.distiller import Distiller, LossWeights, check_student_head
 from train.loss_divergences import Divergence
 from train.parallel import is_slice, whole, wrap
 from train.ranks import Ranks
+from train.redraw import check_draws
 from train.run_folder import CHECKPOINTS_NAME, rebuild_student, save_student_config, set_dropout, write_run
 from train.student import StudentBuild, build_student
 from train.teacher_targets import TeacherTargets, check_divergence, pick_tail
@@ -172,6 +173,7 @@ def first_student(config: TrainConfig, reader: CacheReader) -> StudentBuild:
         init=config.student,
         num_layers=config.num_layers,
         layer_indices=config.layer_indices,
+        layers=config.layers,
         overrides=config.student_config or {},
         teacher=config.teacher,
         checkpoint=config.checkpoint,
@@ -285,6 +287,7 @@ def loss_weights(config: TrainConfig, reader: CacheReader) -> LossWeights:
     """Check that the cache has what the loss asks for."""
     reader.manifest.temperature_index(config.temperature)
     check_divergence(config.divergence, pick_tail(config.tail, reader.manifest), reader.manifest)
+    check_draws(config.draws_per_step, reader.manifest)
     weights = LossWeights(kl=config.kl_weight, ce=config.ce_weight, cosine=config.cosine_weight, mse=config.mse_weight)
     if weights.uses_hidden and reader.manifest.hidden is None:
         raise BadInputError(

@@ -22,7 +22,15 @@ from transformers.utils import logging as transformers_logging
 from cache_spec.errors import BadInputError
 from cache_spec.failures import first_line
 from cache_spec.manifest import Manifest
-from train.student_config import config_key, layers_config, load_config, refuse_not_causal, student_config
+from train.sliced import refuse_unsliceable, slice_tensors
+from train.student_config import (
+    config_key,
+    layers_config,
+    load_config,
+    refuse_not_causal,
+    sliced_config,
+    student_config,
+)
 from train.teacher_layers import (
     WEIGHT_PATTERNS,
     check_same_teacher,
@@ -56,9 +64,10 @@ def build_student(
     *,
     teacher_folder_in_cache: Path,
     manifest: Manifest,
-    init: Literal["teacher-layers", "config", "checkpoint"],
+    init: Literal["teacher-layers", "sliced", "config", "checkpoint"],
     num_layers: int | None,
     layer_indices: tuple[int, ...] | None,
+    layers: Literal["spread", "first", "last"] = "spread",
     overrides: Mapping[str, object],
     teacher: str | None,
     checkpoint: str | None,
@@ -70,18 +79,26 @@ def build_student(
     Padded rows of a teacher or a checkpoint are cut off: the loss never sees them, so they would stay untrained.
     ``initializer_range`` is the standard deviation of fresh weights; it means nothing where weights are copied.
     Raises ``BadInputError`` of kind ``bad-student-config``, ``unknown-key``, ``not-a-causal-lm``,
-    ``student-vocabulary``, ``student-positions``, ``cannot-copy-layers``, ``other-teacher``, ``unknown-teacher``,
-    ``teacher-not-safetensors``, ``unreadable-weights``, ``unreadable-config``, ``no-tokenizer`` or
-    ``unknown-checkpoint``.
+    ``student-vocabulary``, ``student-positions``, ``cannot-copy-layers``, ``cannot-slice``, ``other-teacher``,
+    ``unknown-teacher``, ``teacher-not-safetensors``, ``unreadable-weights``, ``unreadable-config``, ``no-tokenizer``
+    or ``unknown-checkpoint``.
     """
     config = load_config(teacher_folder_in_cache, "unreadable-config")
     summary: dict[str, object] = {"init": init, "seed": seed}
     with quiet_transformers(), torch.random.fork_rng(devices=[]):
         # The CPU generator alone: torch.manual_seed would reseed every accelerator too.
         torch.default_generator.manual_seed(seed)
-        if init == "teacher-layers":
-            layers = chosen_layers(config.num_hidden_layers, num_layers, layer_indices)
-            model = _from_teacher_layers(config, manifest, layers, overrides, teacher, summary)
+        if init == "teacher-layers" or init == "sliced":
+            depth = config.num_hidden_layers
+            if init == "sliced" and num_layers is None and layer_indices is None:
+                num_layers = depth
+            copied = chosen_layers(depth, num_layers, layer_indices, layers)
+            if init == "sliced":
+                student, summary["derived_sizes"] = sliced_config(config, copied, overrides)
+                refuse_unsliceable(config, student)
+            else:
+                student = layers_config(config, copied, overrides)
+            model = _from_teacher_layers(config, student, manifest, copied, teacher, summary)
         elif init == "config":
             if num_layers is not None:
                 overrides = {**overrides, "num_hidden_layers": num_layers}
@@ -127,13 +144,12 @@ def check_same_vocabulary(place: object, model: Mapping[str, int], cache: Mappin
 
 def _from_teacher_layers(
     config: PreTrainedConfig,
+    student: PreTrainedConfig,
     manifest: Manifest,
     layers: tuple[int, ...],
-    overrides: Mapping[str, object],
     teacher: str | None,
     summary: dict[str, object],
 ) -> PreTrainedModel:
-    student = layers_config(config, layers, overrides)
     folder = weights_folder(teacher, manifest.teacher)
     check_same_teacher(config, folder)
     source = public_name(teacher or manifest.teacher.name)
@@ -150,6 +166,8 @@ def _from_teacher_layers(
     with torch.device("meta"):
         skeleton = _fresh_model(student)
     tensors = read_layers(folder, layer_list_name(skeleton, len(layers)), layers)
+    if summary["init"] == "sliced":
+        tensors = slice_tensors(tensors, config, student)
     return _without_padding_row(student, lambda config: model_of_tensors(type(skeleton), config, tensors))
 
 

@@ -54,6 +54,34 @@ def layers_config(
     return _config_of(type(teacher), values | {depth_key: len(layers)} | known)
 
 
+def sliced_config(
+    teacher: PreTrainedConfig, layers: Sequence[int], overrides: Mapping[str, object]
+) -> tuple[PreTrainedConfig, dict[str, object]]:
+    """The teacher's config cut to some of its layers and to narrower sizes, and the sizes that follow the given ones.
+
+    Heads keep their size where the width allows it: then a narrower student has fewer heads.
+    """
+    known = _known_overrides(teacher, overrides)
+    derived = _sliced_sizes(teacher, known)
+    return layers_config(teacher, layers, derived | known), derived
+
+
+def _sliced_sizes(teacher: PreTrainedConfig, known: Mapping[str, Any]) -> dict[str, object]:
+    width, heads_key = known.get(config_key(teacher, "hidden_size")), config_key(teacher, "num_attention_heads")
+    heads, head_dim = teacher.num_attention_heads, teacher.hidden_size // teacher.num_attention_heads
+    if heads_key not in known and isinstance(width, int) and width % head_dim == 0:
+        heads = width // head_dim
+    values, asked = _shape_values(teacher), {heads_key: heads} | dict(known)
+    derived = {heads_key: heads} | _derived_sizes(teacher, values, asked)
+    heads, shared = asked[heads_key], values.get("num_key_value_heads")
+    if isinstance(shared, int) and isinstance(heads, int) and heads > 0:
+        # As few as can serve all heads, and no more heads each than in the teacher.
+        group = teacher.num_attention_heads // shared
+        fitting = [n for n in range(1, shared + 1) if heads % n == 0 and heads // n <= group]
+        derived["num_key_value_heads"] = fitting[0] if fitting else shared
+    return {key: value for key, value in derived.items() if key not in known and values.get(key) != value}
+
+
 def student_config(
     teacher: PreTrainedConfig, eos_token_id: int, overrides: Mapping[str, object]
 ) -> tuple[PreTrainedConfig, dict[str, object]]:

@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from huggingface_hub import snapshot_download
@@ -36,15 +36,23 @@ def spread_layers(num_layers: int, num_teacher_layers: int) -> tuple[int, ...]:
     return tuple((2 * i * span + steps) // (2 * steps) for i in range(num_layers))
 
 
-def chosen_layers(depth: int, num_layers: int | None, layer_indices: tuple[int, ...] | None) -> tuple[int, ...]:
-    """The teacher's layers to copy, given or spread evenly; raises ``bad-student-config`` if there are no such."""
+def chosen_layers(
+    depth: int,
+    num_layers: int | None,
+    layer_indices: tuple[int, ...] | None,
+    layers: Literal["spread", "first", "last"] = "spread",
+) -> tuple[int, ...]:
+    """The teacher's layers to copy, given or chosen by rule; raises ``bad-student-config`` if there are no such."""
     if layer_indices is None:
         if num_layers is None or not 1 <= num_layers <= depth:
             hint = "give --num-layers or --layer-indices" if num_layers is None else None
             raise BadInputError(
                 "bad-student-config", "num_layers", expected=f"1 to {depth}", found=num_layers, hint=hint
             )
-        return spread_layers(num_layers, depth)
+        if layers == "spread":
+            return spread_layers(num_layers, depth)
+        first = 0 if layers == "first" else depth - num_layers
+        return tuple(range(first, first + num_layers))
     if (
         not layer_indices
         or len(set(layer_indices)) != len(layer_indices)

@@ -87,13 +87,18 @@ def test_flags_go_on_top_of_a_recipe(tmp_path: Path, teacher: Path, text: Path) 
 def test_every_shipped_recipe_is_valid() -> None:
     from train.config import TrainConfig
     from train.evaluate_config import EvaluateConfig
+    from train.family_config import read_family
 
     models: dict[str, Any] = {"cache-teacher": CaptureConfig, "transcode": TranscodeConfig}
     models |= {"train-student": TrainConfig, "evaluate": EvaluateConfig}
     needed = {"teacher": "t", "text": ("x",), "out": "o", "cache": "c", "models": ("m",)}
     recipes = sorted(settings.RECIPE_FOLDERS[1].glob("*.yaml"))
     assert {p.stem for p in recipes} >= {"demo", "distilgpt2", "smollm2"}
-    for path in recipes:
+    families = [path for path in recipes if "\nstudents:" in path.read_text()]
+    assert [path.stem for path in families] == ["sizes"]
+    for path in families:
+        read_family(path, cache=Path("c"), out=Path("o"), given={}, evaluate={"cache": "h"}, control=False)
+    for path in (path for path in recipes if path not in families):
         for section, values in settings.read_recipe(path.stem).items():
             model = models[section]
             missing = {k: v for k, v in needed.items() if k in model.model_fields and k not in values}
@@ -105,6 +110,7 @@ def test_every_shipped_recipe_is_valid() -> None:
     [
         ("cache-teacher: {teecher: x}", "unknown-key: .*: cache-teacher: teecher, expected one of teacher"),
         ("cache-student: {}", "unknown-key: .*: cache-student"),
+        ("students: {}", "unknown-key: .*: students, .*train-student --students"),
         ("cache-teacher: {k: many}", "bad-recipe: .*: cache-teacher: k, found Input should be a valid integer"),
         ("cache-teacher: {1: 2}", "unknown-key: .*: cache-teacher: 1, expected one of teacher"),
         ("cache-teacher: {out: 2020-99-99}", "bad-recipe"),

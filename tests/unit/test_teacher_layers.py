@@ -16,7 +16,7 @@ import train.teacher_layers
 from tests.refusals import refusal
 from tests.students import LLAMA_SIZES, NUM_LAYERS, TEACHERS, V, build, save_teacher, teacher_manifest
 from train.student import StudentBuild
-from train.teacher_layers import spread_layers
+from train.teacher_layers import chosen_layers, spread_layers
 
 PADDED = V + 8
 GPT2 = {"model_type": "gpt2", **TEACHERS["gpt2"], "num_hidden_layers": 1}
@@ -292,3 +292,9 @@ def test_truncated_weights_and_indexes_that_leave_the_folder_are_refused(tmp_pat
     ):
         index.write_text(text)
         assert refusal(run).kind == "unreadable-weights"
+
+
+def test_layers_are_taken_from_an_end_by_name() -> None:
+    assert chosen_layers(12, 3, None, "first") == (0, 1, 2)
+    assert chosen_layers(12, 3, None, "last") == (9, 10, 11)
+    assert chosen_layers(12, 3, None) == chosen_layers(12, 3, None, "spread") == spread_layers(3, 12)
