@@ -34,6 +34,10 @@ class StepPlan:
     """Micro-batches of a step; the last step of an epoch may have fewer and smaller ones."""
     epochs: int
     max_steps: int | None = None
+    shuffle: bool = True
+    """Whether the order is drawn from seed and epoch."""
+    group_by_length: bool = False
+    """Whether the blocks of a micro-batch are of like length."""
 
     @property
     def step_blocks(self) -> int:
@@ -100,6 +104,9 @@ def micro_batches(
                 seed=seed,
                 epoch=epoch,
                 fingerprint=fingerprint,
+                shuffle=plan.shuffle,
+                group_blocks=plan.batch_blocks,
+                lengths=reader.lengths if plan.group_by_length else None,
             )
         step_blocks = order.indices(start, min(plan.step_blocks, plan.num_blocks - start))
         counts = count_terms(torch.from_numpy(reader.lengths(step_blocks).astype(np.int64)), window)

@@ -111,6 +111,8 @@ def step_plan(config: TrainConfig, reader: CacheReader) -> StepPlan:
         accumulate=config.accumulate,
         epochs=config.epochs,
         max_steps=config.max_steps,
+        shuffle=config.shuffle,
+        group_by_length=config.group_by_length,
     )
 
 
