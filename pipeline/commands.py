@@ -54,6 +54,24 @@ def cache_teacher(config: CaptureConfig, dry_run: bool, as_json: bool, paper: Pa
     emit(as_json, result | mapping, [_made(result)])
 
 
+@click.command("import-pickle")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the imported ids.")
+@click.option("--tokenizer", metavar="TEXT", required=True, help="Tokenizer of the ids: the teacher's folder or name.")
+@as_json
+def import_pickle(file: Path, out: Path, tokenizer: str, as_json: bool) -> None:
+    """Convert a pickle of token ids, once, to text of ids.
+
+    Only lists of one-dimensional integer arrays, or of lists of integers, are read; nothing in FILE is ever run. The
+    folder is text for cache-teacher.
+    """
+    from pipeline.import_pickle import import_ids
+
+    result = import_ids(file, out, tokenizer=tokenizer, quiet=as_json)
+    line = f"{out}: {result['num_documents']:,} documents, {result['num_tokens']:,} tokens"
+    emit(as_json, result, [line])
+
+
 @click.command("transcode")
 @settings(TranscodeConfig, "transcode", argument="cache")
 @dry_run

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 COMMANDS = {
     "demo": "Run the whole pipeline offline on an embedded teacher and text.",
     "cache-teacher": "Run a teacher once over text and keep what students need.",
+    "import-pickle": "Convert a pickle of token ids, once, to text of ids.",
     "transcode": "Make a smaller cache from a richer one, without the teacher.",
     "verify": "Report every problem of a cache.",
     "inspect": "Show what is in a cache and what it costs.",
