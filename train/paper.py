@@ -148,6 +148,7 @@ def train_settings(paper: Paper, flags: Mapping[str, Any], *, num_ranks: int = 1
     start = str(student or ("checkpoint" if weights else "config"))
     mapped["student_config"] = {"student": start, **_student(paper, start, flags)}
     if start == "checkpoint" and weights:
+        _refuse_other_shape(paper, Path(weights).expanduser() / "config.json")
         mapped["student_pretrained_weights"] = {"checkpoint": weights}
     if start == "teacher-layers":
         mapped["teacher_name"] = {"teacher": paper["teacher_name"]}
@@ -329,6 +330,23 @@ def _student(paper: Paper, start: str, flags: Mapping[str, Any]) -> dict[str, An
         chosen = "num_layers" in flags or "layer_indices" in flags or depth is None
         return {"student_config": shape} if chosen else {"student_config": shape, "num_layers": depth}
     return {}
+
+
+def _refuse_other_shape(paper: Paper, config: Path) -> None:
+    """Raise ``conflicting-keys`` where given weights are of another model than the student's config file says."""
+    try:
+        body = json.loads(config.read_bytes())
+    except (OSError, ValueError):
+        return  # a hub name, or no model: whoever loads it says so
+    shared = paper.student.keys() & (body.keys() if isinstance(body, dict) else ()) - _NOT_SHAPE - {"dtype"}
+    for name in sorted(shared):
+        if paper.student[name] != body[name]:
+            raise paper.refusal(
+                "conflicting-keys",
+                "student_pretrained_weights",
+                expected=f"{name} = {_shown(paper.student[name])}, as in student_config",
+                found=_shown(body[name]),
+            )
 
 
 def _steps(passes: int, passes_per_step: int) -> int:

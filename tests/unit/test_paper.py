@@ -285,6 +285,17 @@ def test_teachers_layers_take_the_depth_of_the_students_file(tmp_path: Path) -> 
     assert "num_layers" not in chosen
 
 
+def test_given_weights_must_be_of_the_students_shape(tmp_path: Path) -> None:
+    (tmp_path / "given").mkdir()
+    config = tmp_path / "given" / "config.json"
+    config.write_text(json.dumps(STUDENT | {"architectures": ["GPT2LMHeadModel"]}))
+    paper = read_paper(write_paper(tmp_path, student_pretrained_weights=str(tmp_path / "given")))
+    assert merged(train_settings(paper, {}))["checkpoint"] == str(tmp_path / "given")
+    config.write_text(json.dumps(STUDENT | {"n_layer": 12}))
+    with pytest.raises(BadInputError, match="n_layer = 6"):
+        train_settings(paper, {})
+
+
 def test_the_table_says_what_a_flag_overrules_and_what_is_a_default(tmp_path: Path) -> None:
     paper = read_paper(write_paper(tmp_path))
     rows = {row["key"]: row for row in paper.table(train_settings(paper, {}), ["kl_weight"])}
