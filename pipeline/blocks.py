@@ -28,6 +28,7 @@ from tqdm import tqdm
 from cache_spec.durable import TEMPORARY_PREFIX, make_folder, replace_file, sync_folder, writing
 from cache_spec.errors import BadInputError
 from pipeline.corpus import PIECE_CHARS, Corpus
+from pipeline.textfiles import Ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -252,6 +253,9 @@ def _token_stream(
     corpus: Corpus, tokenizer: PreTrainedTokenizerBase, eos_token_id: int, vocab_size: int
 ) -> Iterator[Tokens]:
     for batch in _batches(corpus.documents()):
+        if isinstance(batch, np.ndarray):
+            yield _with_end(_inside(batch, "the text's ids", vocab_size), eos_token_id), [0]
+            continue
         # verbose=False: blocks are cut from the ids, so their number before that says nothing about the model.
         encoded: Any = tokenizer(
             [piece for piece, _, _ in batch],
@@ -269,22 +273,38 @@ def _token_stream(
             parts.append([*ids, eos_token_id] if is_last else ids)
             num_ids += len(parts[-1])
         flat = np.fromiter(chain.from_iterable(parts), dtype=np.int64, count=num_ids)
-        outside = flat[(flat < 0) | (flat >= vocab_size)]
-        if outside.size:
-            raise _vocabulary_mismatch("the tokenizer", int(outside[0]), vocab_size)
-        yield flat, starts
+        yield _inside(flat, "the tokenizer", vocab_size), starts
 
 
-def _batches(documents: Iterable[Iterable[str]]) -> Iterator[list[tuple[str, bool, bool]]]:
-    """Batches of (piece, is the document's first, is its last), bounded in pieces and in characters."""
+def _inside(ids: Ids, place: str, vocab_size: int) -> Ids:
+    outside = ids[(ids < 0) | (ids >= vocab_size)]
+    if outside.size:
+        raise _vocabulary_mismatch(place, int(outside[0]), vocab_size)
+    return ids
+
+
+def _with_end(ids: Ids, eos_token_id: int) -> Ids:
+    """A document of ids, ended as one of text is."""
+    return ids if ids[-1] == eos_token_id else np.append(ids, np.int64(eos_token_id))
+
+
+def _batches(documents: Iterable[Iterable[str] | Ids]) -> Iterator[list[tuple[str, bool, bool]] | Ids]:
+    """Batches of (piece, is the document's first, is its last), bounded in pieces and characters; ids as they come."""
     batch: list[tuple[str, bool, bool]] = []
     num_chars = 0
-    for piece in chain.from_iterable(map(_marked, documents)):
-        batch.append(piece)
-        num_chars += len(piece[0])
-        if num_chars >= BATCH_CHARS or len(batch) >= BATCH_PIECES:
-            yield batch
-            batch, num_chars = [], 0
+    for document in documents:
+        if isinstance(document, np.ndarray):
+            if batch:
+                yield batch
+                batch, num_chars = [], 0
+            yield document
+            continue
+        for piece in _marked(document):
+            batch.append(piece)
+            num_chars += len(piece[0])
+            if num_chars >= BATCH_CHARS or len(batch) >= BATCH_PIECES:
+                yield batch
+                batch, num_chars = [], 0
     if batch:
         yield batch
 

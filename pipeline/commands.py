@@ -6,6 +6,7 @@ is the place where capture and training meet; the layers below do not know each 
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -20,28 +21,56 @@ from train.evaluate_config import EvaluateConfig
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object and no progress bars.")
 dry_run = click.option("--dry-run", is_flag=True, help="Say what would be done and what it would cost; write nothing.")
+PaperRows = list[dict[str, Any]]
 cache_argument = click.argument("cache", type=click.Path(path_type=Path))
 
 
+def _paper_capture(path: Path, flags: dict[str, Any]) -> tuple[dict[str, Any], PaperRows]:
+    from train.paper import capture_settings, merged, read_paper
+
+    paper = read_paper(path)
+    mapped = capture_settings(paper, flags)
+    return merged(mapped), paper.table(mapped, flags)
+
+
 @click.command("cache-teacher")
-@settings(CaptureConfig, "cache-teacher")
+@settings(CaptureConfig, "cache-teacher", paper=_paper_capture)
 @dry_run
 @as_json
-def cache_teacher(config: CaptureConfig, dry_run: bool, as_json: bool) -> None:
+def cache_teacher(config: CaptureConfig, dry_run: bool, as_json: bool, paper: PaperRows | None = None) -> None:
     """Run a teacher once over text and keep what students need.
 
     Run the same command again to go on after an interruption.
     """
+    mapping = _said(paper, as_json)
     if dry_run:
         from pipeline.estimate import describe_estimate, estimate
 
         facts = estimate(config)
-        emit(as_json, facts, describe_estimate(facts))
+        emit(as_json, facts | mapping, describe_estimate(facts))
         return
     from pipeline.capture import capture
 
     result = capture(config, quiet=as_json)
-    emit(as_json, result, [_made(result)])
+    emit(as_json, result | mapping, [_made(result)])
+
+
+@click.command("import-pickle")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the imported ids.")
+@click.option("--tokenizer", metavar="TEXT", required=True, help="Tokenizer of the ids: the teacher's folder or name.")
+@as_json
+def import_pickle(file: Path, out: Path, tokenizer: str, as_json: bool) -> None:
+    """Convert a pickle of token ids, once, to text of ids.
+
+    Only lists of one-dimensional integer arrays, or of lists of integers, are read; nothing in FILE is ever run. The
+    folder is text for cache-teacher.
+    """
+    from pipeline.import_pickle import import_ids
+
+    result = import_ids(file, out, tokenizer=tokenizer, quiet=as_json)
+    line = f"{out}: {result['num_documents']:,} documents, {result['num_tokens']:,} tokens"
+    emit(as_json, result, [line])
 
 
 @click.command("transcode")
@@ -108,12 +137,24 @@ def inspect(cache: Path, as_json: bool) -> None:
     emit(as_json, facts, describe(facts))
 
 
+def _paper_train(path: Path, flags: dict[str, Any]) -> tuple[dict[str, Any], PaperRows]:
+    from train.paper import merged, read_paper, train_settings
+    from train.paper_cache import cache_settings
+
+    paper = read_paper(path)
+    mapped = train_settings(paper, flags, num_ranks=int(os.environ.get("WORLD_SIZE", "1")))
+    mapped |= cache_settings(paper, flags)
+    return merged(mapped, always=True), paper.table(mapped, flags)
+
+
 @click.command("train-student")
-@settings(TrainConfig, "train-student")
+@settings(TrainConfig, "train-student", paper=_paper_train)
 @family_options
 @dry_run
 @as_json
-def train_student(config: TrainConfig, family: FamilyOptions, dry_run: bool, as_json: bool) -> int:
+def train_student(
+    config: TrainConfig, family: FamilyOptions, dry_run: bool, as_json: bool, paper: PaperRows | None = None
+) -> int:
     """Train a student from a cache, without the teacher; or, with --students, many of them.
 
     Only copied layers are read from the teacher's files, once, at the start. Run the same command again to go on
@@ -126,7 +167,17 @@ def train_student(config: TrainConfig, family: FamilyOptions, dry_run: bool, as_
     from train.planning import plan
     from train.ranks import ranks_of_environment
 
-    result = plan(config) if dry_run else train(config, quiet=as_json)
+    mapping = _said(paper, as_json)
+    if dry_run:
+        result = plan(config)
+    elif paper is not None and any(row["key"] == "force" and row["value"] for row in paper):
+        from train.set_aside import train_with_force
+
+        result = train_with_force(config, quiet=as_json)
+    else:
+        result = train(config, quiet=as_json)
+    if as_json:
+        result = result | mapping
     if ranks_of_environment().is_first:
         emit(as_json, result, [f"{name:<18}{_shown(value)}" for name, value in result.items()])
     return EXIT_DONE
@@ -158,6 +209,17 @@ def demo(out: Path, as_json: bool) -> None:
 
     facts, lines = run_demo(out, quiet=as_json)
     emit(as_json, facts, lines)
+
+
+def _said(paper: PaperRows | None, as_json: bool) -> dict[str, Any]:
+    """How a recipe's file was understood: printed for people before anything is done, returned for machines."""
+    if paper is None:
+        return {}
+    if not as_json:
+        from train.paper import describe
+
+        click.echo("\n".join(describe(paper)), err=True)
+    return {"paper": paper}
 
 
 def _made(result: dict[str, Any]) -> str:

@@ -19,10 +19,13 @@ from itertools import chain, takewhile
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
+
 from cache_spec.errors import BadInputError
 from cache_spec.failures import first_line
 from cache_spec.manifest import SourceInfo
-from pipeline.textfiles import READERS, Record, file_info, reader_of, text_of
+from pipeline.idfolder import HEADER_NAME, IdFolder, open_ids
+from pipeline.textfiles import READERS, Ids, Record, file_info, reader_of, text_of
 
 if TYPE_CHECKING:
     from pipeline.demo_text import Split
@@ -41,6 +44,8 @@ class Source:
 
     info: Callable[[], SourceInfo]
     records: Callable[[], Iterator[Record]]
+    ids: IdFolder | None = None
+    """What is known of the tokenizer, where the records are token ids."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +59,20 @@ class Corpus:
         """Name, size and SHA-256 of each source; reads every local file once, at the first use."""
         return tuple(origin.info() for origin in self.origins)
 
-    def documents(self) -> Iterator[Iterable[str]]:
-        """Stream the documents, each as pieces that ``pieces`` cut; blank and null ones are skipped and logged.
+    def refuse_other_tokenizer(self, sha256: str) -> None:
+        """BadInputError ``other-tokenizer`` where ids were made with another tokenizer than the one of this digest."""
+        for origin in self.origins:
+            if origin.ids is not None and origin.ids.tokenizer_sha256 != sha256:
+                raise BadInputError(
+                    "other-tokenizer",
+                    origin.ids.folder,
+                    expected=f"ids of the teacher's tokenizer, {sha256[:16]}",
+                    found=f"those of {origin.ids.tokenizer_name}, {origin.ids.tokenizer_sha256[:16]}",
+                    hint="import the pickle again with --tokenizer set to the teacher",
+                )
+
+    def documents(self) -> Iterator[Iterable[str] | Ids]:
+        """Stream the documents, each as pieces that ``pieces`` cut or as ids; blank and null ones are logged.
 
         Read one document's pieces before asking for the next. Raises ``BadInputError`` for text that cannot be
         read, and ``no-text`` where nothing but white space was found.
@@ -65,6 +82,11 @@ class Corpus:
             for _, text in origin.records():
                 if text is None:
                     num_null += 1
+                elif isinstance(text, np.ndarray):
+                    num_blank += not text.size
+                    num_documents += bool(text.size)
+                    if text.size:
+                        yield text
                 elif (document := _unless_blank(pieces(text))) is None:
                     num_blank += 1
                 else:
@@ -81,9 +103,9 @@ def resolve(texts: Sequence[str], *, text_field: str = "text", split: str = "tra
     """Find each text without reading it; only a name that is no path, and may be a hub name, is looked up online.
 
     A text is a file (.jsonl, .json with one object a line, .parquet, .txt; each also .gz or .zst), a folder, a
-    glob, a folder of ``Dataset.save_to_disk``, ``python-docs:train``, ``python-docs:heldout``, or a hub data set
-    as ``name`` or ``name:config``, each also at a revision: ``name@revision``. Raises ``unknown-text``,
-    ``unsupported-text``, ``bad-file-name`` or ``no-text``.
+    glob, a folder of ``Dataset.save_to_disk`` or of ``import-pickle``, ``python-docs:train``, ``python-docs:heldout``,
+    or a hub data set as ``name`` or ``name:config``, each also at a revision: ``name@revision``. Raises
+    ``unknown-text``, ``unsupported-text``, ``bad-file-name``, ``bad-ids`` or ``no-text``.
     """
     origins = tuple(origin for text in texts for origin in _find(text, text_field, split))
     if not origins:
@@ -174,6 +196,11 @@ def _check_name(path: Path, name: str) -> None:
 
 
 def _folder(folder: Path, text_field: str, split: str) -> Iterator[Source]:
+    if (folder / HEADER_NAME).is_file():
+        _check_name(folder, folder.name)
+        ids = open_ids(folder)
+        yield Source(info=ids.info, records=ids.records, ids=ids)
+        return
     if (folder / "dataset_dict.json").is_file():
         if not (folder / split / "state.json").is_file():
             splits = ", ".join(sorted(path.parent.name for path in folder.glob("*/state.json")))

@@ -141,7 +141,16 @@ def _count_tokens(source: Source) -> tuple[np.ndarray[Any, Any], int, str]:
     ids: list[int] = []
     sampled, counted = 0, 0
     certainty = "estimated from the tokens per character of its first 1 MiB"
+    of_ids: list[int] = []
+    num_of_ids = 0
     for document in source.corpus.documents():
+        if isinstance(document, np.ndarray):
+            num_of_ids += len(document)
+            if len(of_ids) < _SAMPLE_CHARS:
+                of_ids += document.tolist()
+            if num_of_ids == config.limit_tokens or num_of_ids > _COUNTED_CHARS:
+                break
+            continue
         for text in document:
             counted += len(text)
             if sampled < _SAMPLE_CHARS:
@@ -154,7 +163,10 @@ def _count_tokens(source: Source) -> tuple[np.ndarray[Any, Any], int, str]:
         if counted > _COUNTED_CHARS:
             certainty = "at least: only the first 256 MiB of text were counted"
             break
-    num_tokens = round(counted * len(ids) / sampled)
+    num_tokens = num_of_ids + (round(counted * len(ids) / sampled) if sampled else 0)
+    if not sampled:
+        certainty = "at least: only the first ones were counted" if num_of_ids > _COUNTED_CHARS else "as in the ids"
+    ids += of_ids
     if config.limit_tokens is not None and num_tokens >= config.limit_tokens:
         num_tokens, certainty = config.limit_tokens, "the limit"
     return np.asarray(ids), num_tokens, certainty

@@ -9,7 +9,7 @@ import json
 import os
 import types
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 COMMANDS = {
     "demo": "Run the whole pipeline offline on an embedded teacher and text.",
     "cache-teacher": "Run a teacher once over text and keep what students need.",
+    "import-pickle": "Convert a pickle of token ids, once, to text of ids.",
     "transcode": "Make a smaller cache from a richer one, without the teacher.",
     "verify": "Report every problem of a cache.",
     "inspect": "Show what is in a cache and what it costs.",
@@ -37,19 +38,28 @@ Config = TypeVar("Config", bound="BaseModel")
 
 
 def settings(
-    model: type[Config], section: str, argument: str | None = None
+    model: type[Config],
+    section: str,
+    argument: str | None = None,
+    paper: Callable[[Path, dict[str, Any]], tuple[dict[str, Any], Any]] | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Add one flag per field of ``model`` to a command, plus ``--config``, and pass it the checked object.
 
     Values come from the recipe's ``section``, then from flags. The command's body gets it as ``config``.
-    ``argument`` names the one field that is given by its place.
+    ``argument`` names the one field that is given by its place. ``paper`` adds ``--paper-config``: it makes of that
+    file and the flags the settings that flags go on top of, and what the body gets as ``paper``.
     """
 
     def decorate(body: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(recipe: str | None, **given: Any) -> Any:
             own = {key: given.pop(key) for key in list(given) if key not in model.model_fields}
             flags = {key: value for key, value in given.items() if value is not None and value != ()}
-            return body(config=build(model, section, recipe, flags), **own)
+            below: dict[str, Any] = {}
+            if paper is not None and (file := own.pop("paper_config")) is not None:
+                if recipe:
+                    raise click.UsageError("give --config or --paper-config, not both")
+                below, own["paper"] = paper(Path(file), flags)
+            return body(config=build(model, section, recipe, flags, below), **own)
 
         wrapped.__doc__ = body.__doc__
         wrapped.__name__ = body.__name__
@@ -57,17 +67,22 @@ def settings(
         for name in reversed(_names(model)):
             option = click.argument(name, required=False) if name == argument else _option(model, name)
             wrapped = option(wrapped)
+        if paper is not None:
+            help_text = "Hyper-parameters of a published recipe (JSON), key for key; flags go on top."
+            wrapped = click.option("--paper-config", metavar="FILE", help=help_text)(wrapped)
         help_text = "Recipe (YAML); flags go on top. A file, or the name of a shipped recipe."
         return click.option("--config", "recipe", metavar="RECIPE", help=help_text)(wrapped)
 
     return decorate
 
 
-def build(model: type[Config], section: str, recipe: str | None, flags: dict[str, Any]) -> Config:
-    """The checked settings of one command: a recipe's section with flags on top."""
+def build(
+    model: type[Config], section: str, recipe: str | None, flags: dict[str, Any], below: Mapping[str, Any] | None = None
+) -> Config:
+    """The checked settings of one command: a recipe's section, or what stands ``below``, with flags on top."""
     from pydantic import ValidationError
 
-    values = read_recipe(recipe).get(section, {}) if recipe else {}
+    values = read_recipe(recipe).get(section, {}) if recipe else dict(below or {})
     known = _names(model)
     for key in values:
         if key not in known:

@@ -75,12 +75,14 @@ def resolve_source(config: CaptureConfig) -> Source:
     geometry = Geometry(config.block_tokens, config.temperatures, teacher.vocab_size, teacher.hidden_size)
     if reason := record.refuse(geometry):
         raise BadInputError("bad-encoding", f"encoding {config.encoding}", found=reason)
+    corpus = resolve(config.text, text_field=config.text_field, split=config.split)
+    corpus.refuse_other_tokenizer(tokenizer.sha256)
     source = Source(
         config=config,
         files=files,
         teacher=teacher,
         tokenizer=tokenizer,
-        corpus=resolve(config.text, text_field=config.text_field, split=config.split),
+        corpus=corpus,
         compute=ComputeInfo(device_type=device.type, dtype=dtype, batch_blocks=config.batch_blocks),
         encoding=record,
         prototypes=prototypes,

@@ -152,6 +152,14 @@ def _weight_files(folder: Path, gguf_file: str | None, name: str, present: list[
     raise BadInputError("no-weights", place, expected="model.safetensors or its index, or a GGUF file", hint=hint)
 
 
+def tokenizer_files(name: str) -> TeacherFiles:
+    """The files of a tokenizer alone, from a folder or a hub name; raises ``unknown-teacher``."""
+    folder = Path(name).expanduser()
+    if not os.path.isdir(folder):
+        folder = _fetch(name, None, [*_TOKENIZER_PATTERNS, "tokenizer_config.json", "config.json"])
+    return TeacherFiles(name=name, folder=folder, weight_files=(), gguf_file=None, revision=None)
+
+
 def load_tokenizer(files: TeacherFiles) -> Any:
     """The teacher's fast tokenizer; BadInputError ``no-tokenizer`` where there is none."""
     place = f"teacher {files.name}"

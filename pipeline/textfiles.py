@@ -17,6 +17,9 @@ from contextlib import contextmanager
 from pathlib import Path, PurePath
 from typing import IO
 
+import numpy as np
+from numpy.typing import NDArray
+
 from cache_spec.errors import BadInputError
 from cache_spec.failures import first_line
 from cache_spec.manifest import SourceInfo
@@ -24,8 +27,10 @@ from cache_spec.manifest import SourceInfo
 READ_BYTES = 1 << 16
 CODECS = {".gz": "gzip", ".zst": "zstd"}
 
-Record = tuple[str, Iterable[str] | None]
-"""Where a document lies, for messages; and its text in chunks of any size, or None where the field is null."""
+Ids = NDArray[np.int64]
+Record = tuple[str, Iterable[str] | Ids | None]
+"""Where a document lies, for messages; and its text in chunks of any size, or its token ids, or None where the field is
+null."""
 
 
 def reader_of(path: PurePath) -> Callable[[Path, str], Iterator[Record]] | None:

@@ -38,6 +38,10 @@ class StepPlan:
     max_steps: int | None = None
     num_ranks: int = 1
     """Processes that share a step."""
+    shuffle: bool = True
+    """Whether the order is drawn from seed and epoch."""
+    group_by_length: bool = False
+    """Whether the blocks of a micro-batch are of like length."""
 
     @property
     def step_blocks(self) -> int:
@@ -135,6 +139,9 @@ def epoch_order(reader: CacheReader, plan: StepPlan, *, epoch: int, seed: int, w
         epoch=epoch,
         # Not how targets are kept: caches of one text give one order, whatever their encoding.
         fingerprint=reader.manifest.corpus.tokens_sha256,
+        shuffle=plan.shuffle,
+        group_blocks=plan.batch_blocks,
+        lengths=reader.lengths if plan.group_by_length else None,
     )
 
 

@@ -118,6 +118,10 @@ class TrainConfig(BaseModel):
     """Passes of each rank whose gradients make one optimizer step."""
     window_shards: int = Field(default=16, gt=0)
     """Shards whose blocks are shuffled together."""
+    shuffle: bool = True
+    """Visit blocks in an order drawn from seed and epoch; without it, as they lie in the cache."""
+    group_by_length: bool = False
+    """Make each pass of blocks of like length, where a cache has a document a block."""
 
     learning_rate: float = Field(default=6e-4, gt=0)
     """Peak learning rate of AdamW."""

@@ -1,12 +1,14 @@
 """The order of blocks: (seed, epoch, fingerprint) comes in, block indices of any stretch of an epoch go out.
 
 Shards are shuffled and taken in windows of a few; the blocks of a window are permuted together. So the disk is read
-shard by shard, batches mix many shards, and any position of an epoch is reached at the cost of one window.
+shard by shard, batches mix many shards, and any position of an epoch is reached at the cost of one window. Where
+lengths are given, a window's permuted blocks are sorted by length and cut into groups, whose order is permuted again.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,15 +45,22 @@ class EpochOrder:
     """Epoch, from 0."""
     fingerprint: str
     """Digest of the text in the cache."""
+    shuffle: bool = True
+    """Whether anything is permuted; without it, blocks come as they lie in the cache."""
+    group_blocks: int = 1
+    """Blocks in a group of like length: a micro-batch's."""
+    lengths: Callable[[IndexArray], NDArray[Any]] | None = None
+    """Gives the real tokens of blocks; without it, nothing is grouped."""
     _shards: IndexArray = field(init=False, repr=False)
     _bounds: IndexArray = field(init=False, repr=False)
     _window: tuple[int, IndexArray] | None = field(init=False, repr=False, default=None)
 
     def __post_init__(self) -> None:
-        if min(self.num_blocks, self.shard_blocks, self.window_shards) < 1 or min(self.epoch, self.seed) < 0:
+        sizes_given = (self.num_blocks, self.shard_blocks, self.window_shards, self.group_blocks)
+        if min(sizes_given) < 1 or min(self.epoch, self.seed) < 0:
             raise ValueError("an order needs blocks, shards, a window, and an epoch and a seed that are not negative")
         num_shards = -(-self.num_blocks // self.shard_blocks)
-        self._shards = keyed_permutation(num_shards, "shards", self.seed, self.epoch, self.fingerprint)
+        self._shards = self._permutation(num_shards, "shards")
         sizes = np.full(num_shards, self.shard_blocks, dtype=np.int64)
         sizes[self._shards == num_shards - 1] = self.num_blocks - (num_shards - 1) * self.shard_blocks
         per_window = np.add.reduceat(sizes, np.arange(0, num_shards, self.window_shards))
@@ -79,6 +88,23 @@ class EpochOrder:
             shards = self._shards[window * self.window_shards : (window + 1) * self.window_shards]
             blocks = (shards[:, None] * self.shard_blocks + np.arange(self.shard_blocks, dtype=np.int64)).ravel()
             blocks = blocks[blocks < self.num_blocks]
-            permutation = keyed_permutation(len(blocks), "window", window, self.seed, self.epoch, self.fingerprint)
-            self._window = (window, blocks[permutation])
+            blocks = blocks[self._permutation(len(blocks), "window", window)]
+            self._window = (window, blocks if self.lengths is None else self._grouped(blocks, self.lengths, window))
         return self._window[1]
+
+    def _grouped(self, blocks: IndexArray, lengths: Callable[[IndexArray], NDArray[Any]], window: int) -> IndexArray:
+        """A window's blocks in groups of like length, each where a micro-batch of the epoch starts.
+
+        What completes the last group of the window before comes first, what begins one with the next window last.
+        """
+        blocks = blocks[np.argsort(lengths(blocks).astype(np.int64), kind="stable")]
+        first = min(-int(self._bounds[window]) % self.group_blocks, len(blocks))
+        num_groups = (len(blocks) - first) // self.group_blocks
+        whole, rest = np.split(blocks[: len(blocks) - first], [num_groups * self.group_blocks])
+        groups = whole.reshape(num_groups, self.group_blocks)[self._permutation(num_groups, "groups", window)]
+        return np.concatenate([blocks[len(blocks) - first :], groups.ravel(), rest])
+
+    def _permutation(self, num_items: int, *what: object) -> IndexArray:
+        if not self.shuffle:
+            return np.arange(num_items, dtype=np.int64)
+        return keyed_permutation(num_items, *what, self.seed, self.epoch, self.fingerprint)

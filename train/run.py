@@ -158,6 +158,8 @@ def step_plan(config: TrainConfig, reader: CacheReader, num_ranks: int = 1) -> S
         epochs=config.epochs,
         max_steps=config.max_steps,
         num_ranks=num_ranks,
+        shuffle=config.shuffle,
+        group_by_length=config.group_by_length,
     )
     if config.max_tokens is None:
         return plan
@@ -280,6 +282,8 @@ def run_identity(
         # How a step's blocks are cut up moves the last bits of a sum; how many they are is another run.
         "step_blocks": config.batch_blocks * config.accumulate * num_ranks,
     }
+    if config.group_by_length:
+        resolved["group_blocks"] = config.batch_blocks
     return reader.manifest.fingerprint, config.result_settings() | resolved
 
 

@@ -67,3 +67,52 @@ def test_permutation_is_unbiased_in_its_first_place() -> None:
     counts = np.bincount(firsts, minlength=5)
     assert counts.min() > 320
     assert counts.max() < 480
+
+
+LENGTHS = np.random.default_rng(0).integers(1, 1025, size=1000)
+
+
+def grouped(**changes: object) -> EpochOrder:
+    settings = {"num_blocks": 1000, "shard_blocks": 50, "window_shards": 4, "group_blocks": 8}
+    return order(**settings, lengths=lambda blocks: LENGTHS[blocks], **changes)
+
+
+def test_without_shuffling_blocks_come_as_they_lie() -> None:
+    assert order(shuffle=False, epoch=3).indices(0, 22).tolist() == list(range(22))
+
+
+def test_groups_are_of_like_length_and_cover_each_block_once() -> None:
+    blocks = grouped().indices(0, 1000)
+    assert sorted(blocks.tolist()) == list(range(1000))
+    spread = np.ptp(LENGTHS[blocks].reshape(-1, 8), axis=1)
+    usual = np.ptp(LENGTHS[order(num_blocks=1000).indices(0, 1000)].reshape(-1, 8), axis=1)
+    assert np.median(spread) < 60 < 600 < np.median(usual)
+
+
+def test_groups_come_in_no_order_of_length() -> None:
+    means = LENGTHS[grouped().indices(0, 200)].reshape(-1, 8).mean(axis=1)
+    assert abs(np.corrcoef(means, np.arange(len(means)))[0, 1]) < 0.5
+    assert not np.array_equal(grouped().indices(0, 200), grouped(epoch=1).indices(0, 200))
+
+
+@pytest.mark.parametrize("group_blocks", [7, 33, 300])
+def test_any_stretch_of_grouped_blocks_is_that_of_the_whole_epoch(group_blocks: int) -> None:
+    settings = {"num_blocks": 997, "shard_blocks": 50, "window_shards": 3, "group_blocks": group_blocks}
+    made = [order(**settings, lengths=lambda blocks: LENGTHS[blocks]) for _ in range(2)]
+    whole = made[0].indices(0, 997)
+    assert sorted(whole.tolist()) == list(range(997))
+    for start in range(990, 0, -37):
+        assert made[1].indices(start, min(20, 997 - start)).tolist() == whole[start : start + 20].tolist()
+
+
+def test_groups_start_where_passes_start_in_every_window() -> None:
+    settings = {"num_blocks": 1000, "shard_blocks": 50, "window_shards": 3, "group_blocks": 8}
+    blocks = order(**settings, lengths=lambda blocks: LENGTHS[blocks]).indices(0, 1000)
+    spread = np.ptp(LENGTHS[blocks].reshape(-1, 8), axis=1)
+    # One pass at each of the six seams between windows may mix two windows.
+    assert (spread > 150).sum() <= 6
+
+
+def test_grouping_without_shuffling_sorts_each_window() -> None:
+    lengths = LENGTHS[grouped(shuffle=False).indices(0, 200)]
+    assert (np.diff(lengths) >= 0).all()
