@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
 import click
@@ -24,7 +23,6 @@ class FamilyOptions:
 
     students: str | None
     control: bool
-    evaluate_cache: Path | None
     evaluate_text: tuple[str, ...]
     plots: bool | None
 
@@ -52,9 +50,6 @@ def family_options(body: Callable[..., Any]) -> Callable[..., Any]:
             help="Text to measure a family on; may be given repeatedly.",
         ),
         click.option(
-            "--evaluate-cache", type=click.Path(path_type=Path), help="Cache of held-out text to measure a family on."
-        ),
-        click.option(
             "--control", is_flag=True, help="Train each student of a family once more on the text alone, to compare."
         ),
         click.option(
@@ -74,12 +69,14 @@ def run_family(config: TrainConfig, options: FamilyOptions, *, dry_run: bool, as
     from train.family_report import plan_lines, table_lines
 
     assert options.students is not None
-    measured: dict[str, Any] = {"cache": options.evaluate_cache, "text": options.evaluate_text}
+    measured: dict[str, Any] = {"cache": config.evaluate_cache, "text": options.evaluate_text}
+    # Every student is measured in the end: only what is measured on the way is a setting of its own.
+    ours = {"cache", "out"} if config.evaluate_every else {"cache", "out", "evaluate_cache"}
     family = read_family(
         recipe_path(options.students),
         cache=config.cache,
         out=config.out,
-        given={name: getattr(config, name) for name in config.model_fields_set - {"cache", "out"}},
+        given={name: getattr(config, name) for name in config.model_fields_set - ours},
         evaluate={name: value for name, value in measured.items() if value},
         control=options.control,
     )
