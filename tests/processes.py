@@ -48,9 +48,11 @@ def on_ranks(num_ranks: int, body: Callable[[int], Any], *, timeout_s: float = 1
     for receiver, sender in pipes:
         sender.close()
         try:
-            told, said_elsewhere = receiver.recv() if receiver.poll(timeout_s) else (None, None)
-            if said_elsewhere is not None:
-                told.said_elsewhere = said_elsewhere
+            told: Any = None
+            if receiver.poll(timeout_s):
+                told, said_elsewhere = receiver.recv()
+                if said_elsewhere is not None:
+                    told.said_elsewhere = said_elsewhere
         except EOFError:
             told = None
         results.append(told)

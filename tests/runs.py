@@ -27,8 +27,8 @@ def teacher_config() -> GPT2Config:
     )
 
 
-def save_run_teacher(folder: Path) -> Path:
-    torch.manual_seed(1)
+def save_run_teacher(folder: Path, seed: int = 1) -> Path:
+    torch.manual_seed(seed)
     GPT2LMHeadModel(teacher_config()).save_pretrained(folder)
     return folder
 

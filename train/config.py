@@ -28,6 +28,8 @@ CHANGEABLE_ON_RESUME = frozenset(
         "batch_blocks",
         "accumulate",
         "strategy",
+        "compile",
+        "activation_checkpointing",
         "read_ahead",
         "max_hours",
         "evaluate_cache",
@@ -131,6 +133,11 @@ class TrainConfig(BaseModel):
     read_ahead: int = Field(default=2, ge=0, le=64)
     """Batches made ready ahead by a thread of each rank; 0 reads in the training thread."""
 
+    compile: bool = False
+    """Compile the student with torch.compile: a slow start, then faster passes."""
+    activation_checkpointing: bool = False
+    """Keep less of the forward pass and compute it again on the way back: less memory, more time."""
+
     evaluate_cache: Path | None = None
     """Finished cache of held-out text, by the same teacher, to measure the student on while it learns."""
     evaluate_every: int | None = Field(default=None, gt=0)
@@ -163,6 +170,8 @@ class TrainConfig(BaseModel):
     def _settings_fit_together(self) -> Self:
         if self.kl_weight + self.ce_weight + self.cosine_weight + self.mse_weight == 0:
             raise ValueError("every loss weight is zero: nothing would be learnt")
+        if self.compile and self.strategy == "fsdp":
+            raise ValueError("compile means nothing with strategy = fsdp: its layers are gathered between kernels")
         if self.evaluate_every is not None and self.evaluate_cache is None:
             raise ValueError("evaluate_every needs evaluate_cache")
         if self.num_layers is not None and self.layer_indices is not None:

@@ -35,6 +35,7 @@ from train.parallel import is_slice, whole, wrap
 from train.ranks import Ranks
 from train.run_folder import CHECKPOINTS_NAME, rebuild_student, save_student_config, set_dropout, write_run
 from train.student import StudentBuild, build_student
+from train.student_modes import set_modes
 from train.teacher_targets import TeacherTargets, pick_tail
 
 logger = logging.getLogger("kdpipe")
@@ -201,6 +202,7 @@ def build_distiller(
     if config.freeze_position_embeddings:
         for embedding in _position_embeddings(student):
             embedding.weight.requires_grad_(False)
+    set_modes(student, config)
     return distiller.train()
 
 

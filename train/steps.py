@@ -26,6 +26,7 @@ from train.parallel import one_pass, whole
 from train.ranks import Ranks
 from train.run import Run, autocast
 from train.schedule import learning_rate
+from train.student_modes import compiling
 
 _GO_ON, _STOP, _FAIL = range(3)
 
@@ -74,7 +75,7 @@ def take_step(run: Run, batches: Iterator[MicroBatch], interrupts: Interrupts, c
         assert micro.step == run.position.step
         torch.manual_seed(pass_seed(config.seed, micro.step, micro.number))
         with one_pass(run.model, last=micro.ends_step):
-            with autocast(run.device, run.precision):
+            with autocast(run.device, run.precision), compiling(config):
                 output = run.model(micro.batch.to(run.device), micro.counts)
             # Gradients are averaged over ranks, and the losses of all ranks add up.
             (output.loss if ranks.is_alone else output.loss * ranks.num_ranks).backward()
@@ -103,11 +104,11 @@ def take_step(run: Run, batches: Iterator[MicroBatch], interrupts: Interrupts, c
 def set_schedules(run: Run) -> float:
     """Give the optimizer the step's learning rate, and return it."""
     config = run.config
+    total_steps = run.plan.total_steps
+    step = schedule_step(run.position.step, total_steps, seconds=run.position.seconds, max_hours=config.max_hours)
     rate = learning_rate(
-        schedule_step(
-            run.position.step, run.plan.total_steps, seconds=run.position.seconds, max_hours=config.max_hours
-        ),
-        run.plan.total_steps,
+        step,
+        total_steps,
         peak=config.learning_rate,
         schedule=config.schedule,
         warmup=config.warmup,
