@@ -8,7 +8,7 @@ Legend: B batch, T time, N rows (B x T), V vocabulary, D width, W windows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -19,8 +19,11 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from cache_spec.errors import BadInputError
-from train.distil_batch import DistilBatch, TermCounts
+from cache_spec.reader import CacheReader
+from cache_spec.targets import Tail
+from train.distil_batch import DistilBatch, TermCounts, count_terms
 from train.hidden_losses import cosine_sum, mse_sum, pool_windows
+from train.loss_divergences import FORWARD_KL, Divergence
 from train.loss_targets import NO_LABEL
 from train.losses import head_loss
 from train.teacher_targets import TeacherTargets
@@ -114,6 +117,30 @@ class Distiller(nn.Module):
         if weights.uses_hidden and student_width != teacher_width:
             self.projection = nn.Linear(student_width, teacher_width, bias=False, device=weight_VD.device)
 
+    @classmethod
+    def of_cache(
+        cls,
+        reader: CacheReader,
+        student: PreTrainedModel,
+        *,
+        weights: LossWeights,
+        temperature: float = 1.0,
+        tail: Tail | None = None,
+        divergence: Divergence = FORWARD_KL,
+        chunk_rows: int | None = None,
+    ) -> Distiller:
+        """A student and its loss against one cache, checked to fit it; BadInputError where they do not."""
+        check_student_head(student)
+        manifest = reader.manifest
+        return cls(
+            student,
+            targets=TeacherTargets.of_cache(reader, temperature=temperature, tail=tail, divergence=divergence),
+            teacher_width=manifest.teacher.hidden_size,
+            weights=weights,
+            window=manifest.hidden.window if manifest.hidden else None,
+            chunk_rows=chunk_rows,
+        )
+
     def forward(self, batch: DistilBatch, counts: TermCounts) -> DistilOutput:
         """The loss of one micro-batch; losses of all micro-batches and ranks of a window add up to the window's loss.
 
@@ -155,6 +182,10 @@ class Distiller(nn.Module):
             # While a schedule leaves it out, DDP still waits for its gradient.
             loss = loss + 0.0 * self.projection.weight.sum()
         return DistilOutput(loss, head.kl_sum, head.ce_sum, cosine.detach(), mse.detach())
+
+    def counts(self, batches: Sequence[DistilBatch]) -> TermCounts:
+        """The counts of micro-batches, by which their losses add up to the loss of all; ranks add theirs first."""
+        return count_terms(torch.cat([batch.lengths_B for batch in batches]), self.window)
 
     def kl_count(self, counts: TermCounts) -> float:
         """What the divergence is divided by: positions that have a target."""

@@ -24,7 +24,7 @@ from train.distiller import Distiller, LossWeights, check_student_head
 from train.loss_divergences import Divergence
 from train.run_folder import CHECKPOINTS_NAME, rebuild_student, save_student_config, set_dropout, write_run
 from train.student import StudentBuild, build_student
-from train.teacher_targets import TeacherTargets, check_divergence, pick_tail
+from train.teacher_targets import check_divergence, pick_tail
 
 logger = logging.getLogger("kdpipe")
 
@@ -141,18 +141,13 @@ def build_distiller(
     config: TrainConfig, reader: CacheReader, weights: LossWeights, student: PreTrainedModel, device: torch.device
 ) -> Distiller:
     """Return student and loss as one module on ``device``, in training mode, with frozen what stays as it is."""
-    manifest = reader.manifest
-    distiller = Distiller(
+    distiller = Distiller.of_cache(
+        reader,
         student,
-        targets=TeacherTargets.of_cache(
-            reader,
-            temperature=config.temperature,
-            tail=config.tail,
-            divergence=Divergence(config.divergence, 0.5 if config.js_beta is None else config.js_beta),
-        ),
-        teacher_width=manifest.teacher.hidden_size,
         weights=weights,
-        window=manifest.hidden.window if manifest.hidden else None,
+        temperature=config.temperature,
+        tail=config.tail,
+        divergence=Divergence(config.divergence, 0.5 if config.js_beta is None else config.js_beta),
         chunk_rows=config.chunk_rows,
     ).to(device)
     if config.freeze_position_embeddings:
