@@ -50,6 +50,17 @@ class LossWeights:
         return self.cosine > 0 or self.mse > 0
 
 
+class LogitTransform(NamedTuple):
+    """What a model does to the logits of its output head: first a factor, then a soft cap."""
+
+    scale: float = 1.0
+    cap: float | None = None
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        logits = logits * self.scale
+        return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
+
+
 class DistilOutput(NamedTuple):
     """The loss and its terms, 0-dim tensors; a term's mean is its sum over micro-batches and ranks by its count."""
 
@@ -112,6 +123,7 @@ class Distiller(nn.Module):
         self.weights = weights
         """Of the next step."""
         self.chunk_rows = chunk_rows or max(1, CHUNK_BYTES // (4 * vocab_size))
+        self._transform = logit_transform(student)
         student_width = weight_VD.shape[1]
         self.projection: nn.Linear | None = None
         if weights.uses_hidden and student_width != teacher_width:
@@ -154,9 +166,14 @@ class Distiller(nn.Module):
             # A tail that goes to the next token means nothing where there is none.
             kl_mask_N = kl_mask_N & (labels_N != NO_LABEL)
         weight_VD, bias_V = output_head(self.student)
+        head_hidden_BTD = hidden_BTD
+        if self._transform.scale != 1.0:
+            # A factor on logits is one on what they are made of.
+            head_hidden_BTD = hidden_BTD * self._transform.scale
+            bias_V = None if bias_V is None else bias_V * self._transform.scale
         # Called even when both scales are 0: every parameter then gets a gradient, which DDP insists on.
         head = head_loss(
-            hidden_BTD.flatten(0, 1),
+            head_hidden_BTD.flatten(0, 1),
             weight_VD,
             bias_V,
             targets=self.targets(batch.targets, labels_N),
@@ -168,6 +185,7 @@ class Distiller(nn.Module):
             chunk_rows=self.chunk_rows,
             vocab_size=self.targets.vocab_size,
             divergence=self.targets.divergence,
+            softcap=self._transform.cap,
         )
         loss, cosine, mse = head.total, torch.zeros_like(head.kl_sum), torch.zeros_like(head.kl_sum)
         if self.weights.uses_hidden:
@@ -245,12 +263,22 @@ def output_head(student: PreTrainedModel) -> tuple[Tensor, Tensor | None]:
     return weight_VD, getattr(head, "bias", None)
 
 
-@torch.no_grad()
-def check_student_head(student: PreTrainedModel) -> None:
-    """Refuse a student whose logits are more than a linear map of its base model's last hidden state.
+def logit_transform(student: PreTrainedModel) -> LogitTransform:
+    """What the model's config says of its logits; ``check_student_head`` finds out whether that is so."""
+    config: Any = student.config.get_text_config()
+    factor, divisor = getattr(config, "logit_scale", None), getattr(config, "logits_scaling", None)
+    scale = (1.0 if factor is None else float(factor)) / (1.0 if divisor is None else float(divisor))
+    cap = getattr(config, "final_logit_softcapping", None)
+    return LogitTransform(scale, None if cap is None else float(cap))
 
-    Soft-capping and scaling of logits, or a transform before the head, would be left out of the loss. On a few random
-    tokens, the head's output is replaced by a large one, so that even soft-capping of a new model's small logits shows.
+
+@torch.no_grad()
+def check_student_head(student: PreTrainedModel, *, linear: bool = False) -> None:
+    """Refuse a student whose logits are not those that the loss computes from its base model's last hidden state.
+
+    That is a linear map, which may be scaled and soft-capped as the config says, or not where ``linear`` is asked for.
+    A transform before the head would be left out of the loss. On a few random tokens, the head's output is replaced by
+    a large one, so that even soft-capping of a new model's small logits shows.
 
     Raises:
         BadInputError: ``unsupported-head``.
@@ -279,7 +307,11 @@ def check_student_head(student: PreTrainedModel) -> None:
         finally:
             hook.remove()
     # A head that is not called as a module is compared by its result alone.
-    pairs = [(expected_BTV, raw[0]), (replaced[0], logits_BTV)] if raw else [(expected_BTV, logits_BTV)]
+    transform = LogitTransform() if linear else logit_transform(student)
+    if raw:
+        pairs = [(expected_BTV, raw[0]), (transform(replaced[0].float()), logits_BTV)]
+    else:
+        pairs = [(transform(expected_BTV.float()), logits_BTV)]
     for wanted, found in pairs:
         _compare(name, wanted.float(), found.float(), tolerance=max(1e-4, 4 * torch.finfo(weight_VD.dtype).eps))
 
@@ -292,9 +324,9 @@ def _compare(name: str, wanted: Tensor, found: Tensor, *, tolerance: float) -> N
         raise BadInputError(
             "unsupported-head",
             name,
-            expected="logits that are a linear map of the base model's last hidden state",
+            expected="logits that are a linear map of the last hidden state, scaled and capped as configured",
             found=f"a relative difference of {error:.1e}",
-            hint="students that cap or scale their logits, or transform them before the head, cannot be trained",
+            hint="students that do more to their states before the head, or to their logits, cannot be trained",
         )
 
 

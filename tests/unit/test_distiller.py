@@ -34,13 +34,12 @@ VOCAB, PADDED, TAILS, TEACHER_WIDTH = 97, 104, 3, 6
 TREATMENTS: list[Tail | None] = ["bucket", "renormalise", "uniform", "gold", "prototype", None]
 ALL_TERMS = LossWeights(kl=0.6, ce=0.4, cosine=0.3, mse=0.2)
 FAMILIES = ["gpt2", "llama", "gpt_neox", "qwen2", "phi"]
-NOT_LINEAR: dict[str, dict[str, Any]] = {
-    "gemma2": {"head_dim": 8},
+TRANSFORMED: dict[str, dict[str, Any]] = {
+    "gemma2": {"head_dim": 8, "final_logit_softcapping": 3.0},
     "cohere": {"logit_scale": 0.0625},
     "granite": {"logits_scaling": 8.0},
-    "bert": {"is_decoder": True},
 }
-"""Families whose logits are more than a linear map of the last hidden state, and their settings."""
+"""Families that cap or scale their logits, and their settings."""
 
 
 def make_student(family: str = "gpt2", *, width: int = WIDTH, **changes: Any) -> PreTrainedModel:
@@ -428,13 +427,39 @@ def test_linear_heads_are_accepted_and_the_student_is_left_as_it_was(family: str
     assert torch.equal(student(input_ids=ids).logits, logits)
 
 
-@pytest.mark.parametrize("family", NOT_LINEAR)
-def test_head_that_is_more_than_linear_is_refused(family: str) -> None:
-    assert refusal(check_student_head, make_student(family, **NOT_LINEAR[family])).kind == "unsupported-head"
+@pytest.mark.parametrize("family", TRANSFORMED)
+@pytest.mark.parametrize("tail", ["bucket", "prototype", None])
+@pytest.mark.parametrize("tied", [True, False])
+def test_capped_and_scaled_logits_equal_naive(family: str, tail: Tail | None, tied: bool) -> None:
+    torch.manual_seed(0)
+    student = make_student(family, std=0.5, tie_word_embeddings=tied, **TRANSFORMED[family])
+    check_student_head(student)
+    distiller = make_distiller(student, make_targets(tail))
+    # Norms of these families are in float32, of padded blocks and of unpadded ones.
+    assert_equals_naive(distiller, make_batch("hidden" if tail is None else "head"), 1e-6)
+
+
+@pytest.mark.parametrize("family", TRANSFORMED)
+def test_a_transform_that_the_config_hides_or_that_is_not_wanted_is_refused(family: str) -> None:
+    student = make_student(family, **TRANSFORMED[family])
+    assert refusal(check_student_head, student, linear=True).kind == "unsupported-head"
+    hidden = make_student(family, **TRANSFORMED[family])
+    hidden.config.logit_scale = 2.0
+    assert refusal(check_student_head, hidden).kind == "unsupported-head"
+
+
+def test_a_transform_that_only_the_config_has_is_refused() -> None:
+    student = make_student("gpt2")
+    student.config.final_logit_softcapping = 5.0
+    assert refusal(check_student_head, student).kind == "unsupported-head"
+
+
+def test_a_transform_before_the_head_is_refused() -> None:
+    assert refusal(check_student_head, make_student("bert", is_decoder=True)).kind == "unsupported-head"
 
 
 def test_gemma2_without_soft_capping_is_accepted() -> None:
-    check_student_head(make_student("gemma2", head_dim=8, final_logit_softcapping=None))
+    check_student_head(make_student("gemma2", head_dim=8, final_logit_softcapping=None), linear=True)
 
 
 def test_model_without_output_head_is_refused() -> None:
