@@ -80,6 +80,8 @@ class TrainConfig(BaseModel):
     fraction of it; first:FRACTION, and nothing after; wsd, a rise over warmup and a fall over cooldown."""
     ce_schedule: str = "constant"
     """What multiplies ce_weight, as kl_schedule."""
+    hidden_centre: bool = False
+    """Compare pooled hidden states less their mean over each block: what all tokens share is not taught."""
     hidden_schedule: str = "constant"
     """What multiplies cosine_weight and mse_weight, as kl_schedule."""
     tail: Literal["prototype", "bucket", "renormalise", "uniform", "gold"] | None = None
@@ -164,6 +166,8 @@ class TrainConfig(BaseModel):
             raise ValueError("cooldown means nothing where no schedule is wsd")
         if self.js_beta is not None and self.divergence != "js":
             raise ValueError(f"js_beta means nothing with divergence = {self.divergence}")
+        if self.hidden_centre and self.cosine_weight + self.mse_weight == 0:
+            raise ValueError("hidden_centre means nothing without cosine_weight or mse_weight")
         if self.num_layers is not None and self.layer_indices is not None:
             raise ValueError("give num_layers or layer_indices, not both")
         if self.student == "checkpoint" and self.checkpoint is None:

@@ -19,10 +19,11 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from cache_spec.errors import BadInputError
+from cache_spec.manifest import Manifest
 from cache_spec.reader import CacheReader
 from cache_spec.targets import Tail
 from train.distil_batch import DistilBatch, TermCounts, count_terms
-from train.hidden_losses import cosine_sum, mse_sum, pool_windows
+from train.hidden_losses import centred, cosine_sum, mse_sum, pool_windows
 from train.loss_divergences import FORWARD_KL, Divergence
 from train.loss_targets import NO_LABEL
 from train.losses import head_loss
@@ -86,6 +87,8 @@ class Distiller(nn.Module):
         teacher_width: D of the teacher's hidden states.
         weights: of the loss.
         window: tokens a pooled hidden state stands for; needed when a hidden loss has weight.
+        centre_hidden: whether pooled states, the student's and the teacher's, lose their mean over each block. A block
+            of one window is then left out of hidden losses.
         chunk_rows: rows of logits that exist at a time; by default what fits about 64 MiB of float32.
 
     Raises:
@@ -100,6 +103,7 @@ class Distiller(nn.Module):
         teacher_width: int,
         weights: LossWeights,
         window: int | None = None,
+        centre_hidden: bool = False,
         chunk_rows: int | None = None,
     ) -> None:
         super().__init__()
@@ -117,7 +121,7 @@ class Distiller(nn.Module):
                 hint="set both weights to 0 or cache hidden states",
             )
         self.student = student
-        self.targets, self.window = targets, window
+        self.targets, self.window, self.centre_hidden = targets, window, centre_hidden
         self.peak_weights = weights
         """What a schedule starts from; a hidden loss without weight here is never computed."""
         self.weights = weights
@@ -139,17 +143,20 @@ class Distiller(nn.Module):
         temperature: float = 1.0,
         tail: Tail | None = None,
         divergence: Divergence = FORWARD_KL,
+        centre_hidden: bool = False,
         chunk_rows: int | None = None,
     ) -> Distiller:
         """A student and its loss against one cache, checked to fit it; BadInputError where they do not."""
         check_student_head(student)
         manifest = reader.manifest
+        check_centring(manifest, centre_hidden)
         return cls(
             student,
             targets=TeacherTargets.of_cache(reader, temperature=temperature, tail=tail, divergence=divergence),
             teacher_width=manifest.teacher.hidden_size,
             weights=weights,
             window=manifest.hidden.window if manifest.hidden else None,
+            centre_hidden=centre_hidden,
             chunk_rows=chunk_rows,
         )
 
@@ -222,12 +229,31 @@ class Distiller(nn.Module):
             expected, found = tuple(student_BWD.shape), tuple(batch.hidden_BWD.shape)
             raise BadInputError("bad-shape", "hidden", expected=expected, found=found)
         # Under autocast the projection's output is low precision; sums over windows are not.
-        return student_BWD.to(torch.promote_types(student_BWD.dtype, torch.float32)), batch.hidden_BWD, mask_BW
+        student_BWD, teacher_BWD = (
+            each_BWD.to(torch.promote_types(each_BWD.dtype, torch.float32))
+            for each_BWD in (student_BWD, batch.hidden_BWD)
+        )
+        if self.centre_hidden:
+            student_BWD, teacher_BWD = centred(student_BWD, mask_BW), centred(teacher_BWD, mask_BW)
+            mask_BW = mask_BW & (mask_BW.sum(dim=1, keepdim=True) > 1)
+        return student_BWD, teacher_BWD, mask_BW
 
 
 def _scale(weight: float, count: float) -> float:
     """The factor of a term's sum; a term without anything to count is left out."""
     return weight / count if count > 0 else 0.0
+
+
+def check_centring(manifest: Manifest, centre_hidden: bool) -> None:
+    """Refuse, with BadInputError ``bad-window``, centring where a block has one window: nothing would be left of it."""
+    if centre_hidden and manifest.hidden is not None and manifest.blocks.block_tokens < 2 * manifest.hidden.window:
+        raise BadInputError(
+            "bad-window",
+            "centring of hidden states",
+            expected=f"two windows or more in a block of {manifest.blocks.block_tokens} tokens",
+            found=f"windows of {manifest.hidden.window}",
+            hint="leave hidden_centre out",
+        )
 
 
 def shift_labels(input_ids_BT: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor]:

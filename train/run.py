@@ -20,7 +20,7 @@ from cache_spec.reader import CacheReader
 from train.batches import StepPlan
 from train.checkpoint import Position, load_latest, refuse_another_run, restore, save_checkpoint
 from train.config import TrainConfig
-from train.distiller import Distiller, LossWeights, check_student_head
+from train.distiller import Distiller, LossWeights, check_centring, check_student_head
 from train.loss_divergences import Divergence
 from train.run_folder import CHECKPOINTS_NAME, rebuild_student, save_student_config, set_dropout, write_run
 from train.student import StudentBuild, build_student
@@ -148,6 +148,7 @@ def build_distiller(
         temperature=config.temperature,
         tail=config.tail,
         divergence=Divergence(config.divergence, 0.5 if config.js_beta is None else config.js_beta),
+        centre_hidden=config.hidden_centre,
         chunk_rows=config.chunk_rows,
     ).to(device)
     if config.freeze_position_embeddings:
@@ -224,6 +225,7 @@ def loss_weights(config: TrainConfig, reader: CacheReader) -> LossWeights:
     """Check that the cache has what the loss asks for."""
     reader.manifest.temperature_index(config.temperature)
     check_divergence(config.divergence, pick_tail(config.tail, reader.manifest), reader.manifest)
+    check_centring(reader.manifest, config.hidden_centre)
     weights = LossWeights(kl=config.kl_weight, ce=config.ce_weight, cosine=config.cosine_weight, mse=config.mse_weight)
     if weights.uses_hidden and reader.manifest.hidden is None:
         raise BadInputError(

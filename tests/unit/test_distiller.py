@@ -285,6 +285,39 @@ def test_projection_exists_only_for_a_hidden_loss_between_different_widths() -> 
     assert make_distiller(make_student(width=8), weights=LossWeights(kl=1.0, ce=1.0, mse=0.1)).projection is not None
 
 
+@pytest.mark.parametrize("student_width", [8, WIDTH])
+@pytest.mark.parametrize("window", [1, 4])
+def test_hidden_losses_of_windows_and_of_single_tokens_equal_plain_ones(student_width: int, window: int) -> None:
+    """Centred and not; a window of one token is a loss for each token."""
+    torch.manual_seed(0)
+    hidden_BWD = normal(7, BLOCKS, TIME // window, WIDTH)
+    batch = replace(make_batch(), hidden_BWD=hidden_BWD)
+    counts = count_terms(batch.lengths_B, window)
+    for centre in (False, True):
+        distiller = make_distiller(make_student(width=student_width), window=window, centre_hidden=centre)
+        got: DistilOutput = distiller(batch, counts)
+        cosine = mse = torch.zeros((), dtype=torch.float64)
+        for b, length in enumerate(batch.lengths_B.tolist()):
+            output: Any = distiller.student(input_ids=batch.input_ids_BT[b : b + 1, :length], output_hidden_states=True)
+            states_TD = output.hidden_states[-1][0]
+            student_WD = torch.stack([states.mean(dim=0) for states in states_TD.split(window)])
+            if distiller.projection is not None:
+                student_WD = distiller.projection(student_WD)
+            teacher_WD = hidden_BWD[b, : len(student_WD)]
+            if centre:
+                student_WD, teacher_WD = (each - each.mean(dim=0) for each in (student_WD, teacher_WD))
+            if not centre or len(student_WD) > 1:
+                cosine = cosine + (1 - F.cosine_similarity(student_WD, teacher_WD, dim=1)).sum()
+                mse = mse + (student_WD - teacher_WD).square().mean(dim=1).sum()
+        torch.testing.assert_close(got.cosine_sum, cosine.detach(), rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(got.mse_sum, mse.detach(), rtol=1e-10, atol=1e-10)
+        wanted = gradients(distiller, (0.3 * cosine + 0.2 * mse) / counts.hidden_windows)
+        distiller.weights = replace(ALL_TERMS, kl=0.0, ce=0.0)
+        for name, found in gradients(distiller, distiller(batch, counts).loss).items():
+            torch.testing.assert_close(found, wanted[name], rtol=1e-8, atol=1e-12, msg=name)
+            assert torch.isfinite(found).all()
+
+
 def test_a_hidden_loss_that_its_schedule_leaves_out_costs_nothing_and_its_projection_still_gets_a_gradient() -> None:
     torch.manual_seed(0)
     distiller, batch = make_distiller(make_student(width=8)), make_batch()

@@ -48,6 +48,7 @@ PATHS: dict[str, Any] = {"cache": Path("cache"), "out": Path("run")}
         ({"cosine_weight": -1.0}, "cosine_weight"),
         ({"mse_weight": -1.0}, "mse_weight"),
         ({"kl_weight": 0.0, "ce_weight": 0.0}, "every loss weight is zero"),
+        ({"hidden_centre": True}, "hidden_centre means nothing"),
         ({"tail": "ghost"}, "tail"),
         ({"divergence": "backward"}, "divergence"),
         ({"divergence": "js", "js_beta": 0.0}, "js_beta"),
