@@ -82,3 +82,7 @@ def run(arguments: list[str] | None = None) -> int:
         click.echo("interrupted: run the same command again to go on where it stopped", err=True)
         return EXIT_INTERRUPTED
     return code if isinstance(code, int) else 0
+
+
+if __name__ == "__main__":
+    main()

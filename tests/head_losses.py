@@ -184,10 +184,14 @@ def chunked(case: Case, *, chunk_rows: int = 7, **changed: Any) -> HeadLoss:
     return head_loss(case.hidden_ND, case.weight_VD, case.bias_V, chunk_rows=chunk_rows, **settings)
 
 
-def dense(case: Case, divergence: Divergence = FORWARD_KL) -> tuple[Tensor, Tensor, Tensor]:
+def dense(
+    case: Case, divergence: Divergence = FORWARD_KL, softcap: float | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """(total, KL sum with squared temperature, CE sum) by plain operations over [N, V], for autograd."""
     temperature = case.temperature
     logits_NV = F.linear(case.hidden_ND, case.weight_VD, case.bias_V)[:, : case.vocab_size]
+    if softcap is not None:
+        logits_NV = softcap * torch.tanh(logits_NV / softcap)
     log_q_NV = (logits_NV / temperature).log_softmax(dim=1)
     kl_N = _divergences(case, divergence, log_q_NV)
     kl_sum = temperature**2 * kl_N[case.kl_mask_N].sum()
@@ -239,9 +243,14 @@ def gradients(case: Case, total: Tensor) -> list[Tensor]:
 
 
 def assert_equals_oracle(
-    case: Case, chunk_rows: int = 7, tolerance: float = 1e-10, divergence: Divergence = FORWARD_KL
+    case: Case,
+    chunk_rows: int = 7,
+    tolerance: float = 1e-10,
+    divergence: Divergence = FORWARD_KL,
+    softcap: float | None = None,
 ) -> None:
-    got, want = chunked(case, chunk_rows=chunk_rows, divergence=divergence), dense(case, divergence)
+    got = chunked(case, chunk_rows=chunk_rows, divergence=divergence, softcap=softcap)
+    want = dense(case, divergence, softcap)
     for found, wanted in zip(got, want, strict=True):
         torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance)
     for found, wanted in zip(gradients(case, got.total), gradients(case, want[0]), strict=True):

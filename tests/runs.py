@@ -27,14 +27,14 @@ def teacher_config() -> GPT2Config:
     )
 
 
-def save_run_teacher(folder: Path) -> Path:
-    torch.manual_seed(1)
+def save_run_teacher(folder: Path, seed: int = 1) -> Path:
+    torch.manual_seed(seed)
     GPT2LMHeadModel(teacher_config()).save_pretrained(folder)
     return folder
 
 
 def save_run_cache(folder: Path, teacher: Path, *, seed: int = 0, lengths: list[int] | None = None) -> Path:
-    """A cache of random targets; ``lengths`` are the real tokens of its last blocks."""
+    """A cache of random targets; ``lengths`` are the real tokens of its last blocks, more ragged than captured."""
     lengths = lengths or [5]
     teacher_config().save_pretrained(folder / "teacher")
     words = {f"w{number}": number for number in range(VOCABULARY)}
@@ -60,8 +60,7 @@ def save_run_cache(folder: Path, teacher: Path, *, seed: int = 0, lengths: list[
     }
     rows = make_rows(manifest, seed=seed)
     rows["block_lengths"][-len(lengths) :] = lengths
-    num_tokens = BLOCKS * TOKENS - sum(TOKENS - length for length in lengths)
-    corpus = manifest.corpus.model_copy(update={"num_tokens": num_tokens})
+    corpus = manifest.corpus.model_copy(update={"num_tokens": BLOCKS * TOKENS - (TOKENS - lengths[-1])})
     write_cache(folder, manifest.model_copy(update={"teacher": weights, "files": files, "corpus": corpus}), rows)
     return folder
 

@@ -30,6 +30,8 @@ CHANGEABLE_ON_RESUME = frozenset(
         "batch_blocks",
         "accumulate",
         "strategy",
+        "compile",
+        "activation_checkpointing",
         "read_ahead",
         "max_hours",
         "evaluate_cache",
@@ -93,6 +95,8 @@ class TrainConfig(BaseModel):
     fraction of it; first:FRACTION, and nothing after; wsd, a rise over warmup and a fall over cooldown."""
     ce_schedule: str = "constant"
     """What multiplies ce_weight, as kl_schedule."""
+    hidden_centre: bool = False
+    """Compare pooled hidden states less their mean over each block: what all tokens share is not taught."""
     hidden_schedule: str = "constant"
     """What multiplies cosine_weight and mse_weight, as kl_schedule."""
     tail: Literal["prototype", "bucket", "renormalise", "uniform", "gold"] | None = None
@@ -157,6 +161,11 @@ class TrainConfig(BaseModel):
     read_ahead: int = Field(default=2, ge=0, le=64)
     """Batches made ready ahead by a thread of each rank; 0 reads in the training thread."""
 
+    compile: bool = False
+    """Compile the student with torch.compile: a slow start, then faster passes."""
+    activation_checkpointing: bool = False
+    """Keep less of the forward pass and compute it again on the way back: less memory, more time."""
+
     evaluate_cache: Path | None = None
     """Finished cache of held-out text, by the same teacher, to measure the student on while it learns."""
     evaluate_every: int | None = Field(default=None, gt=0)
@@ -195,6 +204,8 @@ class TrainConfig(BaseModel):
     def _settings_fit_together(self) -> Self:
         if self.kl_weight + self.ce_weight + self.cosine_weight + self.mse_weight == 0:
             raise ValueError("every loss weight is zero: nothing would be learnt")
+        if self.compile and self.strategy == "fsdp":
+            raise ValueError("compile means nothing with strategy = fsdp: its layers are gathered between kernels")
         if self.evaluate_every is not None and self.evaluate_cache is None:
             raise ValueError("evaluate_every needs evaluate_cache")
         if "wsd" in (self.schedule, self.kl_schedule, self.ce_schedule, self.hidden_schedule):
@@ -204,6 +215,8 @@ class TrainConfig(BaseModel):
             raise ValueError("cooldown means nothing where no schedule is wsd")
         if self.js_beta is not None and self.divergence != "js":
             raise ValueError(f"js_beta means nothing with divergence = {self.divergence}")
+        if self.hidden_centre and self.cosine_weight + self.mse_weight == 0:
+            raise ValueError("hidden_centre means nothing without cosine_weight or mse_weight")
         if self.num_layers is not None and self.layer_indices is not None:
             raise ValueError("give num_layers or layer_indices, not both")
         if self.student == "checkpoint" and self.checkpoint is None:

@@ -104,6 +104,14 @@ def softmax_(logits_CV: Tensor) -> Tensor:
     return peak_C1 - logits_CV.amax(dim=1, keepdim=True).log()
 
 
+def softcap_(logits_CV: Tensor, cap: float) -> Tensor:
+    """Bend logits to ``cap * tanh(logits / cap)`` in place, and return the derivative of that."""
+    torch.tanh(logits_CV.div_(cap), out=logits_CV)
+    slope_CV = logits_CV.square().neg_().add_(1.0)
+    logits_CV.mul_(cap)
+    return slope_CV
+
+
 def _divergence(scaled_CV: Tensor, pull: Pull, weights: _Weights) -> _Divergence:
     targets, forward = pull.targets, pull.divergence.kind == "forward"
     if isinstance(targets, BucketTargets):

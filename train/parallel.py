@@ -8,7 +8,8 @@ head and projection are one group, gathered for the whole pass, so that the loss
 from __future__ import annotations
 
 import contextlib
-from typing import Literal
+import inspect
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -36,13 +37,15 @@ def wrap(distiller: Distiller, ranks: Ranks, strategy: Strategy, device: torch.d
             fully_shard(layer, mesh=mesh)
         fully_shard(distiller, mesh=mesh, reshard_after_forward=False)
         return distiller
+    # Buffers are the teacher's tables and do not change; the option's name does, between versions of torch.
+    known = inspect.signature(DistributedDataParallel).parameters
+    buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    options: dict[str, Any] = {buffers: False}
     return DistributedDataParallel(
         distiller,
+        **options,
         init_sync=False,
-        broadcast_buffers=False,
         gradient_as_bucket_view=True,
-        # A hidden loss whose weight falls to zero leaves its projection out of a pass.
-        find_unused_parameters=distiller.projection is not None,
     )
 
 

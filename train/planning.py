@@ -25,6 +25,7 @@ from train.run import (
 )
 from train.run_folder import CHECKPOINTS_NAME, goes_on, rebuild_student, refuse_foreign
 from train.student import quiet_transformers
+from train.student_modes import compiling
 
 
 def plan(config: TrainConfig) -> dict[str, Any]:
@@ -59,7 +60,7 @@ def _plan(config: TrainConfig, device: torch.device) -> dict[str, Any]:
         distiller = build_distiller(config, reader, weights, student, device)
         for _ in range(2):  # the first pass also pays for what is set up once
             began = time.perf_counter()
-            with autocast(device, precision):
+            with autocast(device, precision), compiling(config):
                 output = distiller(micro.batch.to(device), micro.counts)
             output.loss.backward()
             output.loss.item()

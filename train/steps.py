@@ -27,6 +27,7 @@ from train.parallel import one_pass, whole
 from train.ranks import Ranks
 from train.run import Run, autocast
 from train.schedule import learning_rate, scheduled_weights, weights_at
+from train.student_modes import compiling
 
 _GO_ON, _STOP, _FAIL = range(3)
 
@@ -83,7 +84,7 @@ def take_step(run: Run, batches: Iterator[MicroBatch], interrupts: Interrupts, c
         assert micro.step == run.position.step
         torch.manual_seed(pass_seed(config.seed, micro.step, micro.number))
         with one_pass(run.model, last=micro.ends_step):
-            with autocast(run.device, run.precision):
+            with autocast(run.device, run.precision), compiling(config):
                 output = run.model(micro.batch.to(run.device), micro.counts)
             # Gradients are averaged over ranks, and the losses of all ranks add up.
             (output.loss if ranks.is_alone else output.loss * ranks.num_ranks).backward()
@@ -112,10 +113,10 @@ def take_step(run: Run, batches: Iterator[MicroBatch], interrupts: Interrupts, c
 
 
 def set_schedules(run: Run) -> float:
-    """Give the loss the step's weights and the optimizer its learning rate, and return that."""
-    config, total_steps = run.config, run.plan.total_steps
+    """Set the step's learning rate and loss weights; returns the rate."""
+    config = run.config
+    total_steps = run.plan.total_steps
     step = schedule_step(run.position.step, total_steps, seconds=run.position.seconds, max_hours=config.max_hours)
-    run.distiller.weights = weights_at(config, run.distiller.peak_weights, step, total_steps)
     rate = learning_rate(
         step,
         total_steps,
@@ -124,6 +125,7 @@ def set_schedules(run: Run) -> float:
         warmup=config.warmup,
         cooldown=config.cooldown,
     )
+    run.distiller.weights = weights_at(config, run.distiller.peak_weights, step, total_steps)
     for group in run.optimizer.param_groups:
         group["lr"] = rate
     return rate

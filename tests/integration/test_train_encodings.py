@@ -30,7 +30,7 @@ def caches(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: make_cache(tmp_path_factory.mktemp("caches") / name, name) for name in ENCODINGS}
 
 
-def make_cache(folder: Path, name: str) -> Path:
+def make_cache(folder: Path, name: str, *, window: int = 4) -> Path:
     config = GPT2Config(
         vocab_size=VOCABULARY, n_positions=16, n_embd=WIDTH, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0
     )
@@ -46,6 +46,7 @@ def make_cache(folder: Path, name: str) -> Path:
         vocab_size=VOCABULARY,
         hidden_size=WIDTH,
         encoding=ENCODINGS[name],
+        window=window,
     )
     files = {
         str(path.relative_to(folder)): sha256_hex(path.read_bytes()) for path in folder.rglob("*") if path.is_file()
@@ -107,6 +108,16 @@ def test_weights_follow_their_schedules_and_are_logged(caches: dict[str, Path], 
     for line in logged:
         loss = sum(line[f"{name}_weight"] * line.get(name, 0.0) for name in ("kl", "ce", "cosine"))
         assert line["loss"] == pytest.approx(loss, rel=1e-5)
+
+
+def test_centred_hidden_losses_train_and_need_two_windows(caches: dict[str, Path], tmp_path: Path) -> None:
+    config = settings(caches["topk"], tmp_path / "run", hidden_centre=True, mse_weight=1.0, cosine_weight=0.5)
+    result = train(config, quiet=True)
+    assert result["last_step"]["mse"] < lines(tmp_path / "run")[0]["mse"]
+    wide = make_cache(tmp_path / "cache", "topk", window=TOKENS)
+    config = settings(wide, tmp_path / "other", hidden_centre=True, mse_weight=1.0)
+    refused("bad-window", train, config, quiet=True)
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize("tail", ["bucket", "renormalise", "uniform", "gold", "prototype"])

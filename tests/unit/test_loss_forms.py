@@ -56,6 +56,21 @@ def test_value_and_gradients_equal_dense_oracle(
     assert_equals_oracle(case, chunk_rows, divergence=divergence)
 
 
+@pytest.mark.parametrize(("form", "divergence"), DIVERGENCES)
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("softcap", [2.0, 30.0])
+@pytest.mark.parametrize("padding", [0, 5])
+def test_capped_logits_equal_dense_oracle(
+    form: str, divergence: Divergence, temperature: float, softcap: float, padding: int
+) -> None:
+    case = make_case(form, temperature=temperature, bias=padding > 0, padding=padding)
+    assert_equals_oracle(case, divergence=divergence, softcap=softcap)
+    with torch.no_grad():
+        capped = chunked(case, divergence=divergence, softcap=softcap)
+        torch.testing.assert_close(capped.total, dense(case, divergence, softcap)[0], rtol=1e-10, atol=1e-10)
+        assert not torch.isclose(capped.total, chunked(case, divergence=divergence).total, rtol=1e-6)
+
+
 @pytest.mark.parametrize("form", [form for form in FORMS if form not in ("points", "dense", "residual")])
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 0.7])
 def test_whole_vocabulary_in_the_head_is_exact_dense_kl_in_every_treatment(form: str, temperature: float) -> None:
@@ -223,7 +238,7 @@ def test_head_tokens_of_probability_zero_are_as_if_they_were_not_in_the_head(for
             torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
 
 
-def errors(low: Case, divergence: Divergence) -> tuple[float, list[float]]:
+def errors(low: Case, divergence: Divergence, softcap: float | None) -> tuple[float, list[float]]:
     """Relative errors of value and gradients against the oracle on the same (rounded) inputs in float64."""
     exact = replace(
         low,
@@ -231,7 +246,7 @@ def errors(low: Case, divergence: Divergence) -> tuple[float, list[float]]:
         weight_VD=low.weight_VD.detach().double().requires_grad_(),
         bias_V=None if low.bias_V is None else low.bias_V.detach().double().requires_grad_(),
     )
-    got, want = chunked(low, divergence=divergence).total, dense(exact, divergence)[0]
+    got, want = chunked(low, divergence=divergence, softcap=softcap).total, dense(exact, divergence, softcap)[0]
     relative = [
         float((g.double() - w).norm() / w.norm())
         for g, w in zip(gradients(low, got), gradients(exact, want), strict=True)
@@ -248,9 +263,11 @@ def errors(low: Case, divergence: Divergence) -> tuple[float, list[float]]:
 )
 @pytest.mark.parametrize(("form", "divergence"), DIVERGENCES)
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 0.7])
+@pytest.mark.parametrize("softcap", [None, 8.0])
 def test_low_precision_error_is_bounded(
     form: str,
     divergence: Divergence,
+    softcap: float | None,
     dtype: torch.dtype,
     value_bound: float,
     gradient_bound: float,
@@ -258,7 +275,7 @@ def test_low_precision_error_is_bounded(
 ) -> None:
     for seed in range(5):
         case = as_dtype(make_case(form, temperature=temperature, seed=seed), dtype)
-        value, relative = errors(case, divergence)
+        value, relative = errors(case, divergence, softcap)
         assert value <= value_bound
         assert max(relative) <= gradient_bound
 
@@ -268,9 +285,10 @@ def test_low_precision_error_is_bounded(
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_extreme_logits_stay_finite(form: str, divergence: Divergence, dtype: torch.dtype, temperature: float) -> None:
     case = as_dtype(make_case(form, temperature=temperature, spread_of_states=1e3), dtype)
-    got = chunked(case, divergence=divergence)
-    assert all(torch.isfinite(t) for t in got)
-    assert all(torch.isfinite(g).all() for g in gradients(case, got.total))
+    for softcap in (None, 30.0):
+        got = chunked(case, divergence=divergence, softcap=softcap)
+        assert all(torch.isfinite(t) for t in got)
+        assert all(torch.isfinite(g).all() for g in gradients(case, got.total))
 
 
 @pytest.mark.parametrize("tail_log_odds", [-torch.inf, -500.0, 500.0])

@@ -160,13 +160,14 @@ class Operations(TorchDispatchMode):
 @pytest.mark.parametrize(("form", "divergence"), DIVERGENCES)
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("softcap", [None, 8.0])
 def test_logits_exist_for_one_chunk_of_rows_at_a_time(
-    form: str, divergence: Divergence, temperature: float, dtype: torch.dtype
+    form: str, divergence: Divergence, temperature: float, dtype: torch.dtype, softcap: float | None
 ) -> None:
     rows, vocab, width, chunk_rows = 200, 500, 4, 16
     case = as_dtype(make_case(form, temperature=temperature, rows=rows, vocab=vocab, width=width), dtype)
     with Operations() as operations:
-        chunked(case, chunk_rows=chunk_rows, divergence=divergence).total.backward()
+        chunked(case, chunk_rows=chunk_rows, divergence=divergence, softcap=softcap).total.backward()
     assert operations.most_elements == chunk_rows * vocab
 
 
@@ -247,6 +248,8 @@ def test_micro_batches_with_global_scales_sum_to_the_whole(form: str) -> None:
         ({"ce_scale": math.inf}, "bad-loss-weight"),
         ({"chunk_rows": 0}, "bad-chunk-rows"),
         ({"divergence": Divergence("backward")}, "bad-divergence"),  # type: ignore[arg-type]
+        ({"softcap": 0.0}, "bad-softcap"),
+        ({"softcap": math.nan}, "bad-softcap"),
         ({"divergence": Divergence("js", 0.0)}, "bad-divergence"),
         ({"divergence": Divergence("js", 1.0)}, "bad-divergence"),
         ({"vocab_size": VOCAB + 1}, "bad-vocabulary"),

@@ -48,6 +48,7 @@ PATHS: dict[str, Any] = {"cache": Path("cache"), "out": Path("run")}
         ({"cosine_weight": -1.0}, "cosine_weight"),
         ({"mse_weight": -1.0}, "mse_weight"),
         ({"kl_weight": 0.0, "ce_weight": 0.0}, "every loss weight is zero"),
+        ({"hidden_centre": True}, "hidden_centre means nothing"),
         ({"tail": "ghost"}, "tail"),
         ({"divergence": "backward"}, "divergence"),
         ({"divergence": "js", "js_beta": 0.0}, "js_beta"),
@@ -84,6 +85,14 @@ PATHS: dict[str, Any] = {"cache": Path("cache"), "out": Path("run")}
         ({"chunk_rows": 0}, "chunk_rows"),
         ({"checkpoint_every": 0}, "checkpoint_every"),
         ({"log_every": 0}, "log_every"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_hours": 0.0}, "max_hours"),
+        ({"strategy": "zero"}, "strategy"),
+        ({"read_ahead": -1}, "read_ahead"),
+        ({"evaluate_every": 5}, "needs evaluate_cache"),
+        ({"evaluate_every": 0, "evaluate_cache": "x"}, "evaluate_every"),
+        ({"compile": True, "strategy": "fsdp"}, "compile means nothing"),
+        ({"wandb": ""}, "wandb"),
     ],
 )
 def test_nonsense_is_refused(settings: dict[str, Any], said: str) -> None:
