@@ -121,7 +121,7 @@ def train_student(config: TrainConfig, family: FamilyOptions, dry_run: bool, as_
     """
     if family.students is not None:
         return run_family(config, family, dry_run=dry_run, as_json=as_json)
-    family.refuse_alone()
+    family.refuse_alone(config)
     from train.loop import plan, train
 
     result = plan(config) if dry_run else train(config, quiet=as_json)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
 import click
@@ -24,15 +23,15 @@ class FamilyOptions:
 
     students: str | None
     control: bool
-    evaluate_cache: Path | None
     evaluate_text: tuple[str, ...]
     plots: bool | None
 
-    def refuse_alone(self) -> None:
+    def refuse_alone(self, config: TrainConfig) -> None:
         """Raise click's UsageError for a flag that needs --students."""
-        for field in fields(self):
-            if getattr(self, field.name) not in (None, False, ()):
-                raise click.UsageError(f"--{field.name.replace('_', '-')} needs --students")
+        given = [field.name for field in fields(self) if getattr(self, field.name) not in (None, False, ())]
+        given += ["evaluate_cache"] if config.evaluate_cache is not None else []
+        if given:
+            raise click.UsageError(f"--{given[0].replace('_', '-')} needs --students")
 
 
 def family_options(body: Callable[..., Any]) -> Callable[..., Any]:
@@ -50,9 +49,6 @@ def family_options(body: Callable[..., Any]) -> Callable[..., Any]:
             multiple=True,
             metavar="TEXT",
             help="Text to measure a family on; may be given repeatedly.",
-        ),
-        click.option(
-            "--evaluate-cache", type=click.Path(path_type=Path), help="Cache of held-out text to measure a family on."
         ),
         click.option(
             "--control", is_flag=True, help="Train each student of a family once more on the text alone, to compare."
@@ -74,12 +70,14 @@ def run_family(config: TrainConfig, options: FamilyOptions, *, dry_run: bool, as
     from train.family_report import plan_lines, table_lines
 
     assert options.students is not None
-    measured: dict[str, Any] = {"cache": options.evaluate_cache, "text": options.evaluate_text}
+    measured: dict[str, Any] = {"cache": config.evaluate_cache, "text": options.evaluate_text}
+    # Measured at the end, together; and meanwhile too, where it is said how often.
+    apart = {"cache", "out"} if "evaluate_every" in config.model_fields_set else {"cache", "out", "evaluate_cache"}
     family = read_family(
         recipe_path(options.students),
         cache=config.cache,
         out=config.out,
-        given={name: getattr(config, name) for name in config.model_fields_set - {"cache", "out"}},
+        given={name: getattr(config, name) for name in config.model_fields_set - apart},
         evaluate={name: value for name, value in measured.items() if value},
         control=options.control,
     )

@@ -24,6 +24,7 @@ CHANGEABLE_ON_RESUME = frozenset(
         "device",
         "precision",
         "chunk_rows",
+        "evaluate_cache",
     }
 )
 
@@ -117,6 +118,8 @@ class TrainConfig(BaseModel):
     chunk_rows: int | None = Field(default=None, gt=0)
     """Positions whose logits exist at once in the loss; default: what fits a modest device."""
 
+    evaluate_cache: Path | None = None
+    """Finished cache of held-out text, by the same teacher, to measure a family's students on."""
     checkpoint_every: int = Field(default=500, gt=0)
     """Steps between two checkpoints."""
     log_every: int = Field(default=10, gt=0)
