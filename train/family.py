@@ -22,7 +22,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from cache_spec.durable import make_folder, replace_file, writing
-from cache_spec.errors import KdpipeError, WouldLoseDataError
+from cache_spec.errors import BadInputError, KdpipeError, WouldLoseDataError
 from cache_spec.failures import first_line
 from cache_spec.reader import CacheReader
 from train.checkpoint import refuse_another_run
@@ -55,6 +55,7 @@ def train_family(family: Family, *, plots: bool | None = None, quiet: bool = Fal
     Everything is checked, and every new student built once, before the first is trained: KdpipeError, naming the
     student, for one that could not be. SIGINT and SIGTERM leave a checkpoint and raise KeyboardInterrupt.
     """
+    refuse_ranks()
     if plots is not False:
         plots = require_matplotlib(asked=plots is not None)
     with _claimed(family.out):
@@ -75,6 +76,14 @@ def train_family(family: Family, *, plots: bool | None = None, quiet: bool = Fal
         if plots:
             draw_family(report, family.out / PLOT_NAME)
     return report
+
+
+def refuse_ranks() -> None:
+    """Raise BadInputError ``family-of-ranks`` in a process of a launch: students of a family have one process each."""
+    num_ranks = os.environ.get("WORLD_SIZE", "1")
+    if num_ranks != "1":
+        hint = "train each student by itself, in its folder of the family; then the family measures them all"
+        raise BadInputError("family-of-ranks", "--students", expected="one process", found=f"{num_ranks}", hint=hint)
 
 
 def plan_family(family: Family) -> dict[str, Any]:

@@ -337,6 +337,12 @@ def test_folders_of_something_else_are_refused(made: Path, tmp_path: Path) -> No
         train_family(family(made, tmp_path / "out" / "fresh"), quiet=True)
 
 
+def test_a_family_has_one_process(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "found 2" in refused("family-of-ranks", train_family, family(made, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("flag", [["--control"], ["--evaluate-text", "t"], ["--plots"]])
 def test_flags_of_a_family_need_one(capsys: pytest.CaptureFixture[str], tmp_path: Path, flag: list[str]) -> None:
     assert cli.run(["train-student", "--cache", str(tmp_path), "--out", str(tmp_path / "o"), *flag]) == 2
