@@ -18,6 +18,7 @@ import torch
 from cache_spec.reader import CacheReader
 from train.distil_batch import DistilBatch, TermCounts, count_terms, to_tensors
 from train.order import EpochOrder, IndexArray
+from train.trim import trimmed
 
 READ_AHEAD = 2
 
@@ -116,7 +117,9 @@ def micro_batches(
                 step=step,
                 epoch=epoch,
                 blocks=blocks,
-                batch=to_tensors(reader.batch(blocks, temperature, with_hidden=with_hidden), pin_memory=pin_memory),
+                batch=to_tensors(
+                    trimmed(reader.batch(blocks, temperature, with_hidden=with_hidden), window), pin_memory=pin_memory
+                ),
                 counts=counts,
                 ends_step=number == len(pieces) - 1,
             )
