@@ -99,8 +99,8 @@ class BlocksInfo(Record):
     """T"""
     shard_blocks: int = Field(ge=1)
     """S: blocks in a shard; the last shard may hold fewer."""
-    last_block: Literal["drop", "keep"]
-    """What was done with the last partial block."""
+    last_block: Literal["drop", "keep", "each"]
+    """What was done with partial blocks: the last one dropped or kept, or each document's last one kept."""
     limit_tokens: int | None = Field(ge=1)
     """The corpus was cut after this many tokens; None if all of it was taken."""
 

@@ -182,7 +182,7 @@ def _meaning_problems(manifest: Manifest, receipt: Receipt, arrays: dict[str, Ar
             yield problem("bad-length", "block_lengths", f"1 to {manifest.blocks.block_tokens}", lengths.tolist())
         is_last = receipt.first_block + receipt.num_blocks == manifest.blocks.num_blocks
         whole = lengths[:-1] if is_last and manifest.blocks.last_block == "keep" else lengths
-        if (whole < manifest.blocks.block_tokens).any():
+        if manifest.blocks.last_block != "each" and (whole < manifest.blocks.block_tokens).any():
             yield problem("bad-length", "block_lengths", "full blocks but for a kept last one", lengths.tolist())
     for name in ("hidden", "block_loss", "block_entropy"):
         if name in arrays and not np.isfinite(arrays[name]).all():

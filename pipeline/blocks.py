@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import secrets
+from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("kdpipe")
 
+LastBlock = Literal["drop", "keep", "each"]
 BATCH_CHARS = 4 * PIECE_CHARS
 BATCH_PIECES = 256
 
@@ -61,6 +63,8 @@ class StagedBlocks:
     """SHA-256 over every id of every block as little-endian uint32, whatever dtype they are stored in."""
     dtype: str
     """Little-endian dtype of the stored ids: ``<u2`` or ``<u4``."""
+    by_document: bool = False
+    """Whether each document begins a block; the lengths of all blocks then lie beside the ids, little-endian uint32."""
 
     def read(self, first: int, count: int) -> NDArray[np.unsignedinteger[Any]]:
         """Blocks ``first`` to ``first + count - 1`` as a fresh array [count, T] of uint16 or uint32."""
@@ -79,6 +83,11 @@ class StagedBlocks:
     def lengths(self, first: int, count: int) -> NDArray[np.uint32]:
         """Real tokens of blocks ``first`` to ``first + count - 1`` as an array [count] of uint32."""
         assert 0 <= first <= first + count <= self.num_blocks, (first, count, self.num_blocks)
+        if self.by_document:
+            lengths_B = np.fromfile(lengths_path(self.path), dtype="<u4", count=count, offset=4 * first)
+            if lengths_B.size != count:
+                raise BadInputError("broken-file", lengths_path(self.path), expected=f"{count} lengths")
+            return lengths_B.astype(np.uint32)
         lengths_B = np.full(count, self.block_tokens, dtype=np.uint32)
         if count and first + count == self.num_blocks:
             lengths_B[-1] = self.last_block_tokens
@@ -94,15 +103,17 @@ def stage_blocks(
     eos_token_id: int,
     vocab_size: int,
     limit_tokens: int | None = None,
-    last_block: Literal["drop", "keep"] = "drop",
+    last_block: LastBlock = "drop",
     key: str,
     quiet: bool = False,
 ) -> StagedBlocks:
     """Pack the corpus into blocks of ``block_tokens`` ids on disk, or open them where an earlier run finished this.
 
     The stream is every document's tokens and one EOS after each; ``limit_tokens`` takes exactly its first tokens.
-    The last partial block is dropped, or kept and padded with EOS. ``key`` must change with everything that
-    decides the ids. One process at a time may stage into ``folder``: leftovers of killed runs are removed.
+    The last partial block is dropped, or kept and padded with EOS; with ``each``, so is that of every document, and the
+    next one begins a block of its own (documents of ids are then taken as they are, whatever they end with). ``key``
+    must change with everything that decides the ids. One process at a time may stage into ``folder``: leftovers of
+    killed runs are removed.
     Raises ``vocabulary-mismatch`` for an id outside [0, vocab_size), ``too-little-text``, ``cannot-write``.
     """
     for name, value in (("block_tokens", block_tokens), ("limit_tokens", limit_tokens)):
@@ -127,14 +138,15 @@ def stage_blocks(
 
     # disable=None: silent where nobody looks, such as a log file.
     bar = tqdm(total=limit_tokens, desc="tokens", unit="tok", unit_scale=True, disable=True if quiet else None)
-    with bar, _BlockFile(ids_path, block_tokens, dtype) as file:
-        for ids, starts in _token_stream(corpus, tokenizer, eos_token_id, vocab_size):
+    ends = last_block != "each"
+    with bar, _BlockFile(ids_path, block_tokens, dtype, eos_token_id, last_block) as file:
+        for ids, starts in _token_stream(corpus, tokenizer, eos_token_id, vocab_size, end_ids=ends):
             taken = ids if limit_tokens is None else ids[: limit_tokens - file.num_seen]
             file.add(taken, starts)
             bar.update(len(taken))
             if file.num_seen == limit_tokens:
                 break
-        staged = file.finish(key, eos_token_id, last_block)
+        staged = file.finish(key)
     replace_file(facts_path, (json.dumps(_facts(staged), indent=1) + "\n").encode())
     return staged
 
@@ -154,9 +166,15 @@ def _open(folder: Path, key: str) -> StagedBlocks | None:
         staged = StagedBlocks(path=ids_path, **facts)
         num_bytes = staged.num_blocks * staged.block_tokens * np.dtype(staged.dtype).itemsize
         whole = staged.key == key and ids_path.stat().st_size == num_bytes
+        whole = whole and (not staged.by_document or lengths_path(ids_path).stat().st_size == 4 * staged.num_blocks)
     except (OSError, ValueError, TypeError):
         return None
     return staged if whole else None
+
+
+def lengths_path(path: Path) -> Path:
+    """Where the lengths of blocks lie, given where their ids do."""
+    return path.with_suffix(".lengths")
 
 
 def _paths(folder: Path, key: str) -> tuple[Path, Path]:
@@ -170,10 +188,13 @@ def _facts(staged: StagedBlocks) -> dict[str, object]:
 class _BlockFile:
     """Ids on their way to disk: takes any number at a time, writes whole blocks, and counts what it wrote."""
 
-    def __init__(self, path: Path, block_tokens: int, dtype: str) -> None:
+    def __init__(self, path: Path, block_tokens: int, dtype: str, eos_token_id: int, last_block: LastBlock) -> None:
         self.path = path
         self.block_tokens = block_tokens
         self.dtype = np.dtype(dtype)
+        self.eos_token_id = eos_token_id
+        self.last_block = last_block
+        self.lengths = array("I")
         self.temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}-{os.getpid()}-{secrets.token_hex(4)}")
         self.digest = hashlib.sha256()
         self.pending = np.empty(0, dtype=np.int64)
@@ -194,28 +215,45 @@ class _BlockFile:
 
     def add(self, ids: NDArray[np.int64], starts: Iterable[int]) -> None:
         """Append ids; ``starts`` are the places among them where documents start."""
+        starts = [start for start in starts if start < len(ids)]
         self.starts.extend(self.num_seen + start for start in starts)
         self.num_seen += len(ids)
+        first, *documents = np.split(ids, starts if self.last_block == "each" else [])
+        self._add(first)
+        for document in documents:
+            self._pad()
+            self._add(document)
+
+    def _add(self, ids: NDArray[np.int64]) -> None:
         self.pending = np.concatenate([self.pending, ids])
         num_whole = len(self.pending) // self.block_tokens * self.block_tokens
         self._write(self.pending[:num_whole], num_whole)
         self.pending = self.pending[num_whole:]
 
+    def _pad(self) -> None:
+        """Write what is pending as a block that is padded with EOS."""
+        if num_left := len(self.pending):
+            padding = np.full(self.block_tokens - num_left, self.eos_token_id, dtype=np.int64)
+            self._write(np.concatenate([self.pending, padding]), num_left)
+            self.pending = self.pending[:0]
+
     def _write(self, ids: NDArray[np.int64], num_real: int) -> None:
         with writing(self.path):
             self.file.write(ids.astype(self.dtype).tobytes())
         self.digest.update(ids.astype("<u4").tobytes())
+        if self.last_block == "each":
+            num_blocks = len(ids) // self.block_tokens
+            self.lengths.extend([min(num_real, self.block_tokens)] * num_blocks)
         self.num_written += num_real
         while self.starts and self.starts[0] < self.num_written:
             self.starts.popleft()
             self.num_documents += 1
 
-    def finish(self, key: str, eos_token_id: int, last_block: Literal["drop", "keep"]) -> StagedBlocks:
+    def finish(self, key: str) -> StagedBlocks:
         """Deal with the last partial block and give the file its name, durably."""
         block_tokens, num_left = self.block_tokens, len(self.pending)
-        if last_block == "keep" and num_left:
-            padding = np.full(block_tokens - num_left, eos_token_id, dtype=np.int64)
-            self._write(np.concatenate([self.pending, padding]), num_left)
+        if self.last_block != "drop" and num_left:
+            self._pad()
             logger.info("blocks: kept the last block with %d of %d tokens, padded with EOS", num_left, block_tokens)
         elif num_left and self.num_written:
             logger.info("blocks: dropped the last %d tokens, less than a block of %d", num_left, block_tokens)
@@ -225,23 +263,28 @@ class _BlockFile:
             raise BadInputError(
                 "too-little-text", "the corpus", expected=expected, found=f"{num_left} tokens", hint=hint
             )
+        by_document = self.last_block == "each"
+        if by_document:
+            replace_file(lengths_path(self.path), np.asarray(self.lengths, dtype="<u4").tobytes())
         with writing(self.path):
             self.file.flush()
             os.fsync(self.file.fileno())
             os.replace(self.temporary, self.path)
             sync_folder(self.path.parent)
-        num_blocks = -(-self.num_written // block_tokens)
+        num_blocks = len(self.lengths) if by_document else -(-self.num_written // block_tokens)
+        last_tokens = self.lengths[-1] if by_document else self.num_written - (num_blocks - 1) * block_tokens
         logger.info("blocks: %d of %d tokens, %d documents", num_blocks, block_tokens, self.num_documents)
         return StagedBlocks(
             path=self.path,
             key=key,
             num_blocks=num_blocks,
             block_tokens=block_tokens,
-            last_block_tokens=self.num_written - (num_blocks - 1) * block_tokens,
+            last_block_tokens=last_tokens,
             num_documents=self.num_documents,
             num_tokens=self.num_written,
             tokens_sha256=self.digest.hexdigest(),
             dtype=self.dtype.str,
+            by_document=by_document,
         )
 
 
@@ -250,11 +293,12 @@ Tokens = tuple[NDArray[np.int64], list[int]]
 
 
 def _token_stream(
-    corpus: Corpus, tokenizer: PreTrainedTokenizerBase, eos_token_id: int, vocab_size: int
+    corpus: Corpus, tokenizer: PreTrainedTokenizerBase, eos_token_id: int, vocab_size: int, *, end_ids: bool
 ) -> Iterator[Tokens]:
     for batch in _batches(corpus.documents()):
         if isinstance(batch, np.ndarray):
-            yield _with_end(_inside(batch, "the text's ids", vocab_size), eos_token_id), [0]
+            ids = _inside(batch, "the text's ids", vocab_size)
+            yield _with_end(ids, eos_token_id) if end_ids else ids, [0]
             continue
         # verbose=False: blocks are cut from the ids, so their number before that says nothing about the model.
         encoded: Any = tokenizer(

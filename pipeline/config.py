@@ -35,8 +35,9 @@ class CaptureConfig(EncodingConfig):
     """Split of a hub data set."""
     block_tokens: int = Field(default=1024, ge=2)
     """Tokens in a block."""
-    last_block: Literal["drop", "keep"] = "drop"
-    """What to do with the last partial block; keep pads it with the end-of-text token."""
+    last_block: Literal["drop", "keep", "each"] = "drop"
+    """What to do with partial blocks: drop or keep the last one, padded with the end-of-text token, or begin a block
+    with each document and keep each one's last."""
     limit_tokens: int | None = Field(default=None, ge=1)
     """Stop after this many tokens of the corpus."""
     temperatures: tuple[float, ...] = (1.0, 2.0)

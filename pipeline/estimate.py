@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import replace
+from array import array
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -40,16 +41,19 @@ _CHUNK_FRAME_BYTES = 20
 def estimate(config: CaptureConfig) -> dict[str, Any]:
     """Tokens, bytes per token, bytes and hours of a capture; tokens are a lower bound for text beyond 256 MiB."""
     source = resolve_source(config)
-    sample_ids, num_tokens, certainty = _count_tokens(source)
+    counted = _count_tokens(source)
+    num_tokens = counted.num_tokens
     batch_tokens = config.batch_blocks * config.block_tokens
     if num_tokens < config.block_tokens and config.last_block == "drop":
         raise BadInputError("too-little-text", "text", expected=f"{config.block_tokens} tokens", found=num_tokens)
     num_blocks = num_tokens // config.block_tokens
-    if config.last_block == "drop":
+    if config.last_block == "each":
+        num_blocks = counted.num_blocks_each
+    elif config.last_block == "drop":
         num_tokens = num_blocks * config.block_tokens
     else:
         num_blocks = -(-num_tokens // config.block_tokens)
-    ids_BT = np.resize(sample_ids, batch_tokens).reshape(config.batch_blocks, config.block_tokens)
+    ids_BT = np.resize(counted.sample_ids, batch_tokens).reshape(config.batch_blocks, config.block_tokens)
     lengths_B = np.full(config.batch_blocks, config.block_tokens, np.uint32)
     teacher = load_teacher(source.files, device=config.device, dtype=config.dtype)
     manifest = draft_manifest(replace(source, encoding=settled(source.encoding, teacher.head)), num_blocks=num_blocks)
@@ -60,7 +64,9 @@ def estimate(config: CaptureConfig) -> dict[str, Any]:
     # One process keeps all cores of a CPU busy, so workers gain speed where each has a GPU of its own.
     num_devices = torch.cuda.device_count() if config.device in ("auto", "cuda") else 1
     tokens_per_s = batch_tokens / seconds * max(1, min(config.workers, num_devices))
-    return _facts(manifest, arrays, num_tokens, certainty, tokens_per_s, learnt=source.prototypes is None)
+    if config.last_block == "each":  # the teacher reads the padding too
+        tokens_per_s *= num_tokens / (num_blocks * config.block_tokens)
+    return _facts(manifest, arrays, num_tokens, counted.certainty, tokens_per_s, learnt=source.prototypes is None)
 
 
 def estimate_transcoding(config: TranscodeConfig) -> dict[str, Any]:
@@ -135,41 +141,63 @@ def _stand_ins(manifest: Manifest, prototypes: CacheReader | None) -> dict[str, 
     return {classifier.name: rows, shared.name: np.zeros(shared.shape, shared.dtype)}
 
 
-def _count_tokens(source: Source) -> tuple[np.ndarray[Any, Any], int, str]:
-    """Ids of a sample, the number of tokens of the corpus, and how sure that number is."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Counted:
+    """What the text comes to."""
+
+    sample_ids: np.ndarray[Any, Any]
+    num_tokens: int
+    num_blocks_each: int
+    """Blocks, if every document begins one."""
+    certainty: str
+
+
+def _count_tokens(source: Source) -> _Counted:
+    """Count the corpus: of text, a sample's tokens per character stands for all; ids are counted as they are."""
     config, tokenizer = source.config, load_tokenizer(source.files)
     ids: list[int] = []
-    sampled, counted = 0, 0
+    given_ids: list[int] = []
+    sampled, counted, num_given = 0, 0, 0
+    chars_of_each, given_of_each = array("q"), array("q")
     certainty = "estimated from the tokens per character of its first 1 MiB"
-    of_ids: list[int] = []
-    num_of_ids = 0
     for document in source.corpus.documents():
         if isinstance(document, np.ndarray):
-            num_of_ids += len(document)
-            if len(of_ids) < _SAMPLE_CHARS:
-                of_ids += document.tolist()
-            if num_of_ids == config.limit_tokens or num_of_ids > _COUNTED_CHARS:
-                break
-            continue
-        for text in document:
-            counted += len(text)
+            given_of_each.append(len(document))
+            num_given += len(document)
+            if len(given_ids) < _SAMPLE_CHARS:
+                given_ids += document.tolist()
+        else:
+            before = counted
+            for text in document:
+                counted += len(text)
+                if sampled < _SAMPLE_CHARS:
+                    ids += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+                    sampled += len(text)
             if sampled < _SAMPLE_CHARS:
-                ids += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-                sampled += len(text)
-        if sampled < _SAMPLE_CHARS:
-            ids.append(source.tokenizer.eos_token_id)
-        if config.limit_tokens is not None and counted * len(ids) > config.limit_tokens * sampled * 1.1:
+                ids.append(source.tokenizer.eos_token_id)
+            chars_of_each.append(counted - before)
+        found = num_given + (counted * len(ids) / sampled if sampled else 0)
+        if config.limit_tokens is not None and found > config.limit_tokens * 1.1:
             break
-        if counted > _COUNTED_CHARS:
+        if counted > _COUNTED_CHARS or num_given > _COUNTED_CHARS:
             certainty = "at least: only the first 256 MiB of text were counted"
             break
-    num_tokens = num_of_ids + (round(counted * len(ids) / sampled) if sampled else 0)
-    if not sampled:
-        certainty = "at least: only the first ones were counted" if num_of_ids > _COUNTED_CHARS else "as in the ids"
-    ids += of_ids
+    else:
+        if not sampled:
+            certainty = "as in the ids"
+    ratio = len(ids) / sampled if sampled else 0.0
+    num_tokens = num_given + round(counted * ratio)
+    sizes = np.concatenate([np.asarray(given_of_each, dtype=np.float64), np.asarray(chars_of_each) * ratio])
+    num_blocks = float(np.ceil(sizes / config.block_tokens).clip(1).sum())
     if config.limit_tokens is not None and num_tokens >= config.limit_tokens:
+        num_blocks *= config.limit_tokens / num_tokens
         num_tokens, certainty = config.limit_tokens, "the limit"
-    return np.asarray(ids), num_tokens, certainty
+    return _Counted(
+        sample_ids=np.asarray(ids + given_ids),
+        num_tokens=num_tokens,
+        num_blocks_each=max(1, round(num_blocks)),
+        certainty=certainty,
+    )
 
 
 def _block_bytes(spec: ArraySpec, rows: np.ndarray[Any, Any]) -> float:

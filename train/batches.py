@@ -20,6 +20,7 @@ from cache_spec.reader import CacheReader
 from train.distil_batch import DistilBatch, TermCounts, count_terms, to_tensors
 from train.order import EpochOrder, IndexArray
 from train.redraw import redrawn
+from train.trim import trimmed
 
 READ_AHEAD = 2
 
@@ -117,7 +118,7 @@ def micro_batches(
             blocks = pieces[-1][:1] if idle else pieces[number]
             stored = reader.batch(blocks, temperature, with_hidden=with_hidden)
             stored = redrawn(stored, manifest, blocks, draws_per_step=draws_per_step, seed=seed, epoch=epoch)
-            batch = to_tensors(stored, pin_memory=pin_memory)
+            batch = to_tensors(trimmed(stored, window), pin_memory=pin_memory)
             yield MicroBatch(
                 step=step,
                 epoch=epoch,

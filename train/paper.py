@@ -127,7 +127,7 @@ def capture_settings(paper: Paper, flags: Mapping[str, Any]) -> Mapped:
         raise paper.refusal("pickled-text", "data_file", found=paper["data_file"], hint=hint)
     return {
         "dump_path": {"out": str(paper.cache)},
-        "data_file": {"text": [paper["data_file"]]},
+        "data_file": {"text": [paper["data_file"]], "last_block": "each"},
         "teacher_name": {"teacher": paper["teacher_name"]},
         "temperature": {"temperatures": sorted({1.0, paper["temperature"]})},
         "student_config": {"block_tokens": _block_tokens(paper)},
@@ -185,7 +185,7 @@ def capture_command(paper: Paper) -> str:
     text = _imported(paper) if pickled else paper["data_file"]
     words = ["kdpipe", "cache-teacher", "--teacher", paper["teacher_name"], "--text", text, "--out", str(paper.cache)]
     words += ["--temperatures", ",".join(f"{t:g}" for t in sorted({1.0, paper["temperature"]}))]
-    words += ["--block-tokens", str(_block_tokens(paper)), "--encoding", "prototype"]
+    words += ["--block-tokens", str(_block_tokens(paper)), "--last-block", "each", "--encoding", "prototype"]
     words += ["--hidden-window", "1" if paper["alpha_cos"] > 0 else "0"]
     command = shlex.join(words)
     return f"{_import_command(paper)} && {command}" if pickled else command
@@ -338,9 +338,8 @@ def _refuse_other_shape(paper: Paper, config: Path) -> None:
         body = json.loads(config.read_bytes())
     except (OSError, ValueError):
         return  # a hub name, or no model: whoever loads it says so
-    shared = paper.student.keys() & set(body if isinstance(body, dict) else ()) - _NOT_SHAPE - {"dtype"}
-    for name in sorted(shared):
-        if paper.student[name] != body[name]:
+    for name in sorted(paper.student.keys() - _NOT_SHAPE) if isinstance(body, dict) else ():
+        if name in body and paper.student[name] != body[name]:
             raise paper.refusal(
                 "conflicting-keys",
                 "student_pretrained_weights",

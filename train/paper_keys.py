@@ -81,7 +81,10 @@ KEYS: tuple[PaperKey, ...] = (
     ),
     PaperKey(name="dump_path", kind="text", required=True, setting="out", note="folder of the run"),
     PaperKey(
-        name="data_file", kind="text", required=True, note="read by cache-teacher; a pickle goes through import-pickle"
+        name="data_file",
+        kind="text",
+        required=True,
+        note="read by cache-teacher, each sequence in blocks of its own; a pickle goes through import-pickle",
     ),
     # who
     PaperKey(

@@ -56,12 +56,17 @@ class Text:
 
 
 def make_text(manifest: Manifest, seed: int) -> Text:
-    """Random tokens, hidden states and an output head; every block full but a kept last one."""
+    """Random tokens, hidden states and an output head; every block full but a kept last one, or all but full ones."""
     blocks, teacher = manifest.blocks, manifest.teacher
     rng = np.random.default_rng(seed)
     shape = (blocks.num_blocks, blocks.block_tokens)
     lengths_N = np.full(blocks.num_blocks, blocks.block_tokens, np.uint32)
-    lengths_N[-1] -= blocks.num_blocks * blocks.block_tokens - manifest.corpus.num_tokens
+    num_missing = blocks.num_blocks * blocks.block_tokens - manifest.corpus.num_tokens
+    if blocks.last_block == "each":
+        shares = np.array_split(np.arange(num_missing), blocks.num_blocks)
+        lengths_N -= np.array([len(share) for share in shares], np.uint32)
+    else:
+        lengths_N[-1] -= num_missing
     input_ids_NT = rng.integers(0, teacher.vocab_size, size=shape)
     input_ids_NT[np.arange(blocks.block_tokens) >= lengths_N[:, None]] = manifest.tokenizer.eos_token_id
     hidden_NTD = rng.normal(size=(*shape, teacher.hidden_size)).astype(np.float16).astype(np.float64)

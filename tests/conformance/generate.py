@@ -34,6 +34,7 @@ class Case:
 
 
 _KEPT_TOKENS = 3
+_MISSING_TOKENS = 11
 _SEED = 1
 # Defaults may change; golden caches do not.
 _STEPS: Any = {"levels": 128, "odds_step_nats": 1 / 64}
@@ -64,6 +65,11 @@ CASES = {
         claim="a kept last block is padded, and its windows without real tokens are zero",
         encoding=TopK(k=5, **_STEPS),
         sizes={"num_blocks": 3, "shard_blocks": 2},
+    ),
+    "a-document-a-block": Case(
+        claim="each document begins a block, and each one's last block is padded",
+        encoding=TopK(k=5, **_STEPS),
+        sizes={"num_blocks": 4, "shard_blocks": 3},
     ),
     "whole-vocabulary": Case(
         claim="with K = V nothing is outside the head",
@@ -118,18 +124,20 @@ def write_case(name: str, path: Path) -> None:
     case = CASES[name]
     manifest = make_manifest(encoding=case.encoding, **case.sizes).model_copy(update={"provenance": provenance()})
     if name == "kept-last-block":
-        manifest = _keep_last_block(manifest)
+        manifest = _partial(manifest, "keep", manifest.blocks.block_tokens - _KEPT_TOKENS)
+    if name == "a-document-a-block":
+        manifest = _partial(manifest, "each", _MISSING_TOKENS)
     write_cache(path, manifest, make_rows(manifest, _SEED), seed=_SEED)
     for hidden in path.glob(".*"):
         hidden.unlink()
 
 
-def _keep_last_block(manifest: Manifest) -> Manifest:
-    """The same with three real tokens in the last block."""
-    num_tokens = manifest.corpus.num_tokens - manifest.blocks.block_tokens + _KEPT_TOKENS
+def _partial(manifest: Manifest, last_block: str, num_missing: int) -> Manifest:
+    """The same with fewer real tokens: in the last block, or in each."""
+    num_tokens = manifest.corpus.num_tokens - num_missing
     return manifest.model_copy(
         update={
-            "blocks": manifest.blocks.model_copy(update={"last_block": "keep"}),
+            "blocks": manifest.blocks.model_copy(update={"last_block": last_block}),
             "corpus": manifest.corpus.model_copy(update={"num_tokens": num_tokens}),
         }
     )

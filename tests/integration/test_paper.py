@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from cache_spec.reader import CacheReader
@@ -76,6 +77,17 @@ def test_the_recipe_end_to_end(capsys: pytest.CaptureFixture[str], tmp_path: Pat
     assert (manifest.temperatures, manifest.blocks.block_tokens) == ((1.0, 2.0), 16)
     assert manifest.hidden is not None
     assert manifest.hidden.window == 1
+    # One sequence of the pickle a block, or several where it is longer than a block.
+    assert (manifest.blocks.last_block, manifest.corpus.num_documents) == ("each", 30)
+    assert manifest.corpus.num_tokens < manifest.blocks.num_blocks * 16
+    assert kdpipe(capsys, "verify", "run-cache")[0] == 0
+    code, out, err = kdpipe(
+        capsys, "cache-teacher", "--paper-config", paper, "--text", "binarized.ids", *SMALL, "--dry-run", "--json"
+    )
+    assert code == 0, err
+    assert json.loads(out)["tokens"] == manifest.corpus.num_tokens
+    assert json.loads(out)["tokens_certainty"] == "as in the ids"
+    assert json.loads(out)["shards"] == manifest.blocks.num_shards
 
     code, out, err = kdpipe(capsys, *train, "--dry-run")
     assert code == 0, err
@@ -145,7 +157,7 @@ def test_frozen_positions_and_a_student_of_given_weights(
     paper.write_text(json.dumps(body | {"student_pretrained_weights": "given", "fp16": True}))
     code, _, err = kdpipe(capsys, "train-student", "--paper-config", paper, "--device", "cpu", "--max-steps", "2")
     assert code == 0, err
-    before, after = (AutoModelForCausalLM.from_pretrained(name).state_dict() for name in ("given", "run/student"))
+    before, after = (load_file(f"{name}/model.safetensors") for name in ("given", "run/student"))
     assert torch.equal(before["transformer.wpe.weight"], after["transformer.wpe.weight"])
     assert not torch.equal(before["transformer.wte.weight"][:100], after["transformer.wte.weight"])
     assert json.loads(Path("run/run.json").read_text())["settings"]["precision"] == "bf16"

@@ -109,6 +109,7 @@ def test_the_files_hold_the_stream_and_its_account(tmp_path: Path, tokenizer: Pr
         "num_tokens": num_blocks * 8,
         "tokens_sha256": digest,
         "dtype": "<u2",
+        "by_document": False,
     }
 
 
@@ -132,6 +133,52 @@ def test_a_kept_last_block_is_padded_with_eos_and_says_so(
     assert staged.lengths(0, 1).tolist() == [len(stream)] == [staged.num_tokens]
     assert staged.lengths(0, 1).dtype == np.uint32
     assert f"kept the last block with {len(stream)} of 1000 tokens" in caplog.text
+
+
+def blocks_of_each(texts: Iterable[str], tokenizer: PreTrainedTokenizerFast, size: int) -> list[list[int]]:
+    """Real tokens of each block, document by document."""
+    streams = [stream_of([text], tokenizer) for text in texts]
+    return [stream[at : at + size] for stream in streams for at in range(0, len(stream), size)]
+
+
+@pytest.mark.parametrize("size", [2, 8, 1000])
+def test_each_document_begins_a_block(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, size: int) -> None:
+    expected = blocks_of_each(TEXTS, tokenizer, size)
+    staged = stage(corpus_of(TEXTS), tokenizer, tmp_path, block_tokens=size, last_block="each")
+    assert staged.num_blocks == len(expected)
+    assert staged.lengths(0, len(expected)).tolist() == [len(block) for block in expected]
+    assert staged.read(0, len(expected)).tolist() == [block + [0] * (size - len(block)) for block in expected]
+    assert staged.num_tokens == sum(map(len, expected))
+    assert staged.num_documents == len(TEXTS)
+    # Any part of it, in another process, and when it is opened again.
+    again = pickle.loads(pickle.dumps(open_staged(tmp_path, KEY)))
+    assert again.lengths(1, 2).tolist() == [len(block) for block in expected[1:3]]
+    reused = stage(unread(), tokenizer, tmp_path, block_tokens=size, last_block="each")
+    assert reused == staged
+
+
+def test_documents_that_come_in_many_pieces_begin_one_block_each(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.blocks.BATCH_PIECES", 1)
+    texts = [real_text()[:150_000], "short", real_text()[-90_000:]]
+    staged = stage(corpus_of(texts), tokenizer, tmp_path, block_tokens=512, last_block="each")
+    expected = blocks_of_each(["".join(pieces([text])) for text in texts], tokenizer, 512)
+    assert staged.lengths(0, staged.num_blocks).tolist() == [len(block) for block in expected]
+
+
+def test_a_limit_cuts_the_last_document(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    staged = stage(corpus_of(TEXTS), tokenizer, tmp_path, last_block="each", limit_tokens=3)
+    assert (staged.num_blocks, staged.num_documents, staged.num_tokens) == (1, 1, 3)
+    assert staged.lengths(0, 1).tolist() == [3]
+
+
+def test_missing_lengths_are_staged_anew(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    stage(corpus_of(TEXTS), tokenizer, tmp_path, last_block="each")
+    (lengths,) = tmp_path.glob("*.lengths")
+    lengths.write_bytes(b"\1\0\0\0")
+    staged = stage(corpus_of(TEXTS), tokenizer, tmp_path, last_block="each")
+    assert staged.lengths(0, staged.num_blocks).sum() == staged.num_tokens
 
 
 def test_a_dropped_last_block_is_logged(

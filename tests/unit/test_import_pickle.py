@@ -71,6 +71,23 @@ def test_documents_of_ids_end_as_documents_of_text_do(tmp_path: Path, imported: 
     assert staged.num_documents == 3
 
 
+def test_sequences_of_ids_are_blocks_as_they_are(tmp_path: Path, imported: Path) -> None:
+    staged = stage_blocks(
+        resolve([str(imported)]),
+        make_tokenizer(100),
+        folder=tmp_path / "staged",
+        block_tokens=4,
+        eos_token_id=1,
+        vocab_size=100,
+        last_block="each",
+        key="k" * 64,
+        quiet=True,
+    )
+    # The last sequence gets no end that it did not have; what follows it is padding.
+    assert staged.read(0, 4).tolist() == [[1, 5, 6, 7], [1, 1, 1, 1], [1, 9, 1, 1], [8, 1, 1, 1]]
+    assert staged.lengths(0, 4).tolist() == [4, 1, 3, 1]
+
+
 def test_ids_and_text_go_into_one_cache(tmp_path: Path, imported: Path) -> None:
     (tmp_path / "text.txt").write_text("w2 w3")
     staged = stage_blocks(

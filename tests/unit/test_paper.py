@@ -314,6 +314,7 @@ def test_a_file_drives_the_capture_too(tmp_path: Path) -> None:
     assert merged(capture_settings(paper, {})) == {
         "out": "run-cache",
         "text": ["text.jsonl"],
+        "last_block": "each",
         "teacher": "gpt2",
         "temperatures": [1.0, 2.0],
         "block_tokens": 1024,
@@ -332,5 +333,5 @@ def test_a_pickle_must_be_imported_first(tmp_path: Path) -> None:
     assert capture_command(paper) == (
         "kdpipe import-pickle data/binarized.pickle --out data/binarized.ids --tokenizer gpt2 &&"
         " kdpipe cache-teacher --teacher gpt2 --text data/binarized.ids --out run-cache --temperatures 1,2"
-        " --block-tokens 1024 --encoding prototype --hidden-window 1"
+        " --block-tokens 1024 --last-block each --encoding prototype --hidden-window 1"
     )

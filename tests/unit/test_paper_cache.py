@@ -37,7 +37,9 @@ def test_without_a_cache_the_command_that_makes_it_is_said_in_full(tmp_path: Pat
     assert error.value.kind == "no-cache"
     assert "kdpipe import-pickle data/binarized.pickle" in str(error.value)
     assert "kdpipe cache-teacher --teacher gpt2 --text data/binarized.ids" in str(error.value)
-    assert "--temperatures 1,2 --block-tokens 1024 --encoding prototype --hidden-window 1" in str(error.value)
+    assert "--temperatures 1,2 --block-tokens 1024 --last-block each --encoding prototype --hidden-window 1" in str(
+        error.value
+    )
 
 
 @pytest.mark.parametrize(
