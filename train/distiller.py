@@ -30,6 +30,8 @@ from train.losses import head_loss
 from train.teacher_targets import TeacherTargets
 
 CHUNK_BYTES = 1 << 26
+CPU_CHUNK_BYTES = 1 << 24
+"""Of float32 logits. A processor is as fast with small chunks; others spend their time on the head's gradient then."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +91,7 @@ class Distiller(nn.Module):
         window: tokens a pooled hidden state stands for; needed when a hidden loss has weight.
         centre_hidden: whether pooled states, the student's and the teacher's, lose their mean over each block. A block
             of one window is then left out of hidden losses.
-        chunk_rows: rows of logits that exist at a time; by default what fits about 64 MiB of float32.
+        chunk_rows: rows of logits that exist at a time; by default about 16 MiB of float32 on a CPU, else 64 MiB.
 
     Raises:
         BadInputError: the student has no output head or too small a vocabulary, or a hidden loss has no window.
@@ -126,7 +128,7 @@ class Distiller(nn.Module):
         """What a schedule starts from; a hidden loss without weight here is never computed."""
         self.weights = weights
         """Of the next step."""
-        self.chunk_rows = chunk_rows or max(1, CHUNK_BYTES // (4 * vocab_size))
+        self.chunk_rows = chunk_rows
         self._transform = logit_transform(student)
         student_width = weight_VD.shape[1]
         self.projection: nn.Linear | None = None
@@ -189,7 +191,7 @@ class Distiller(nn.Module):
             temperature=self.targets.temperature,
             kl_scale=_scale(self.weights.kl, self.kl_count(counts)),
             ce_scale=_scale(self.weights.ce, counts.ce_tokens),
-            chunk_rows=self.chunk_rows,
+            chunk_rows=self.chunk_rows or default_chunk_rows(self.targets.vocab_size, hidden_BTD.device),
             vocab_size=self.targets.vocab_size,
             divergence=self.targets.divergence,
             softcap=self._transform.cap,
@@ -237,6 +239,11 @@ class Distiller(nn.Module):
             student_BWD, teacher_BWD = centred(student_BWD, mask_BW), centred(teacher_BWD, mask_BW)
             mask_BW = mask_BW & (mask_BW.sum(dim=1, keepdim=True) > 1)
         return student_BWD, teacher_BWD, mask_BW
+
+
+def default_chunk_rows(vocab_size: int, device: torch.device) -> int:
+    """Rows of logits of a chunk where none are asked for."""
+    return max(1, (CPU_CHUNK_BYTES if device.type == "cpu" else CHUNK_BYTES) // (4 * vocab_size))
 
 
 def _scale(weight: float, count: float) -> float:

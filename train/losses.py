@@ -271,6 +271,8 @@ def _run_chunks(
             grad_CD = shared.pull(rows_C, wide_CD, terms.shared_scale_C)
             if gradients.hidden_ND is not None:
                 gradients.hidden_ND[rows_C] += grad_CD.to(hidden_ND.dtype)
+        # Or else they would still be there while the next chunk's are made.
+        del logits_CV, slope_CV, tail_CV, pull, terms
     if shared is not None and wants_gradient:
         shared.add_head_gradients(gradients.weight_VD, gradients.bias_V)
     return kl_sum, ce_sum

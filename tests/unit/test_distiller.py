@@ -24,7 +24,14 @@ from train.distil_batch import (
     TermCounts,
     count_terms,
 )
-from train.distiller import Distiller, DistilOutput, LossWeights, check_student_head, shift_labels
+from train.distiller import (
+    Distiller,
+    DistilOutput,
+    LossWeights,
+    check_student_head,
+    default_chunk_rows,
+    shift_labels,
+)
 from train.loss_divergences import Divergence
 from train.loss_targets import BucketTargets
 from train.teacher_targets import TeacherTargets
@@ -356,6 +363,12 @@ def test_micro_batches_with_global_counts_sum_to_one_big_batch() -> None:
     summed = gradients(distiller, torch.stack([part.loss for part in parts]).sum())
     for name, wanted in gradients(distiller, whole.loss).items():
         torch.testing.assert_close(summed[name], wanted, rtol=1e-8, atol=1e-12)
+
+
+def test_chunks_are_small_on_a_cpu() -> None:
+    assert default_chunk_rows(50_257, torch.device("cpu")) == 83
+    assert default_chunk_rows(50_257, torch.device("cuda")) == 333
+    assert default_chunk_rows(1 << 30, torch.device("cpu")) == 1
 
 
 def test_loss_is_the_weighted_sum_of_the_logged_terms() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -28,7 +29,7 @@ from tests.head_losses import (
     parameters,
 )
 from tests.refusals import refused
-from train.loss_divergences import Divergence
+from train.loss_divergences import FORWARD_KL, Divergence
 from train.loss_targets import BucketTargets, DenseTargets, HeadLossTargets, LinearTargets
 
 SHARED = ("uniform", "prototype", "residual")
@@ -169,6 +170,49 @@ def test_logits_exist_for_one_chunk_of_rows_at_a_time(
     with Operations() as operations:
         chunked(case, chunk_rows=chunk_rows, divergence=divergence, softcap=softcap).total.backward()
     assert operations.most_elements == chunk_rows * vocab
+
+
+class Alive(TorchDispatchMode):
+    """Remembers how many tensors of ``size`` elements there were at once, views apart."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.size, self.most = size, 0
+        self._made: list[weakref.ref[Tensor]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            fresh = isinstance(leaf, Tensor) and not any(leaf is given for given in tree_leaves((args, kwargs)))
+            if fresh and not func.is_view and leaf.numel() == self.size:
+                self._made.append(weakref.ref(leaf))
+        self._made = [each for each in self._made if each() is not None]
+        self.most = max(self.most, len(self._made))
+        return result
+
+
+@pytest.mark.parametrize(
+    ("form", "temperature", "divergence", "most"),
+    [
+        ("bucket", 1.0, FORWARD_KL, 1),
+        ("bucket", 2.0, FORWARD_KL, 2),
+        ("prototype", 1.0, FORWARD_KL, 1),
+        ("prototype", 2.0, FORWARD_KL, 2),
+        ("dense", 1.0, FORWARD_KL, 3),
+        ("bucket", 1.0, REVERSE, 1),
+        ("bucket", 1.0, Divergence("js"), 1),
+        ("dense", 1.0, Divergence("js"), 4),
+    ],
+)
+def test_few_buffers_as_large_as_a_chunk_exist_at_once(
+    form: str, temperature: float, divergence: Divergence, most: int
+) -> None:
+    rows, vocab, chunk_rows = 64, 500, 16
+    case = as_dtype(make_case(form, temperature=temperature, rows=rows, vocab=vocab, width=4), torch.float32)
+    everything = {"kl_mask_N": torch.ones(rows, dtype=torch.bool)}
+    with Alive(chunk_rows * vocab) as alive:
+        chunked(case, chunk_rows=chunk_rows, divergence=divergence, **everything).total.backward()
+    assert alive.most == most
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
