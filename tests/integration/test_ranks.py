@@ -252,3 +252,17 @@ def test_gradients_of_slices_are_those_of_the_whole(settings: dict[str, Any], tm
     reference = gradients(1, settings, tmp_path / "one.pt")
     ours = gradients(2, settings, tmp_path / "two.pt", strategy="fsdp")
     assert worst_difference(ours, reference) <= 1e-6
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_hidden_loss_that_ends_with_its_schedule_leaves_the_ranks_together(
+    settings: dict[str, Any], tmp_path: Path, strategy: str
+) -> None:
+    """Its projection then has no part in the loss, and no rank waits for its gradient."""
+    settings |= WIDER | {"hidden_schedule": "first:0.5", "max_steps": 4}
+    train(TrainConfig(**(settings | {"out": tmp_path / "one"})), quiet=True)
+    assert train_on(2, settings, strategy=strategy)[0]["steps"] == 4
+    lines = metric_lines(settings["out"])
+    assert ["cosine" in line for line in lines] == [True, True, False, False]
+    for ours, theirs in zip(lines, metric_lines(tmp_path / "one"), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
