@@ -215,7 +215,7 @@ def _said(paper: PaperRows | None, as_json: bool) -> dict[str, Any]:
     """How a recipe's file was understood: printed for people before anything is done, returned for machines."""
     if paper is None:
         return {}
-    if not as_json:
+    if not as_json and os.environ.get("RANK", "0") == "0":
         from train.paper import describe
 
         click.echo("\n".join(describe(paper)), err=True)

@@ -111,10 +111,9 @@ def read_paper(path: Path) -> Paper:
             raise BadInputError("missing-key", f"{path}: {key.name}", expected=f"{KIND_NAMES[key.kind]}, {key.note}")
         else:
             values[key.name] = key.default
-    for name in given:
-        refuse = BY_NAME[name].refuse
-        if refuse is not None and (reason := refuse(values[name])):
-            raise BadInputError("unsupported-key", f"{path}: {name}", found=_shown(values[name]), hint=reason)
+    for key in KEYS:
+        if key.name in given and key.refuse is not None and (reason := key.refuse(values[key.name])):
+            raise BadInputError("unsupported-key", f"{path}: {key.name}", found=_shown(values[key.name]), hint=reason)
     paper = Paper(path=path, values=values, given=given, student=_student_file(path, str(values["student_config"])))
     _refuse_conflicts(paper)
     return paper
@@ -138,7 +137,7 @@ def capture_settings(paper: Paper, flags: Mapping[str, Any]) -> Mapped:
 def train_settings(paper: Paper, flags: Mapping[str, Any], *, num_ranks: int = 1) -> Mapped:
     """What ``train-student`` takes from the file; flags go on top. ``train.paper_cache`` checks the cache."""
     if "n_gpu" in paper.given and max(1, paper["n_gpu"]) != num_ranks:
-        hint = f"start it with `torchrun --nproc-per-node {paper['n_gpu']} -m pipeline.cli ...`, or change the key"
+        hint = f"start the command with torchrun --nproc-per-node {paper['n_gpu']}, or change the key"
         raise paper.refusal(
             "conflicting-keys", "n_gpu", expected=f"{num_ranks}, the ranks of this run", found=paper["n_gpu"], hint=hint
         )
@@ -153,7 +152,8 @@ def train_settings(paper: Paper, flags: Mapping[str, Any], *, num_ranks: int = 1
     if start == "teacher-layers":
         mapped["teacher_name"] = {"teacher": paper["teacher_name"]}
     if start == "config":
-        mapped["initializer_range"] = {"initializer_range": paper["initializer_range"]}
+        own = None if "initializer_range" in paper.given else paper.student.get("initializer_range")
+        mapped["initializer_range"] = {"initializer_range": paper["initializer_range"] if own is None else own}
     mapped["fp16"] = {"precision": "bf16" if paper["fp16"] else "fp32"}
     mapped["log_interval"] = {"log_every": _steps(paper["log_interval"], passes)}
     mapped["checkpoint_interval"] = {"checkpoint_every": _steps(paper["checkpoint_interval"], passes)}

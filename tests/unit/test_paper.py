@@ -275,6 +275,16 @@ def test_as_many_processors_as_ranks_are_asked_for(tmp_path: Path) -> None:
         train_settings(paper, {}, num_ranks=1)
 
 
+def test_fresh_weights_follow_the_key_then_the_students_file_then_the_default(tmp_path: Path) -> None:
+    def spread(own: dict[str, Any], **keys: Any) -> float:
+        paper = read_paper(write_paper(tmp_path, student=STUDENT | own, **keys))
+        return float(merged(train_settings(paper, {}))["initializer_range"])
+
+    assert spread({}, initializer_range=0.01) == 0.01
+    assert spread({"initializer_range": 0.3}, initializer_range=...) == 0.3
+    assert spread({}, initializer_range=...) == 0.02
+
+
 def test_teachers_layers_take_the_depth_of_the_students_file(tmp_path: Path) -> None:
     paper = read_paper(write_paper(tmp_path, student=STUDENT | {"n_ctx": 1024, "task_specific_params": {}}))
     settings = merged(train_settings(paper, {"student": "teacher-layers"}))
