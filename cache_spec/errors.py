@@ -22,6 +22,8 @@ class KdpipeError(Exception):
     """
 
     exit_code = EXIT_FAILED
+    said_elsewhere = False
+    """Whether another process of the same run prints it."""
 
     def __init__(
         self,

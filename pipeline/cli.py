@@ -75,9 +75,14 @@ def run(arguments: list[str] | None = None) -> int:
         error.show()
         return EXIT_USAGE
     except KdpipeError as error:
-        click.echo(f"error: {error}", err=True)
+        if not error.said_elsewhere:
+            click.echo(f"error: {error}", err=True)
         return error.exit_code
     except (KeyboardInterrupt, click.Abort):
         click.echo("interrupted: run the same command again to go on where it stopped", err=True)
         return EXIT_INTERRUPTED
     return code if isinstance(code, int) else 0
+
+
+if __name__ == "__main__":
+    main()

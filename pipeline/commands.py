@@ -121,11 +121,14 @@ def train_student(config: TrainConfig, family: FamilyOptions, dry_run: bool, as_
     """
     if family.students is not None:
         return run_family(config, family, dry_run=dry_run, as_json=as_json)
-    family.refuse_alone(config)
-    from train.loop import plan, train
+    family.refuse_alone()
+    from train.loop import train
+    from train.planning import plan
+    from train.ranks import ranks_of_environment
 
     result = plan(config) if dry_run else train(config, quiet=as_json)
-    emit(as_json, result, [f"{name:<18}{_shown(value)}" for name, value in result.items()])
+    if ranks_of_environment().is_first:
+        emit(as_json, result, [f"{name:<18}{_shown(value)}" for name, value in result.items()])
     return EXIT_DONE
 
 

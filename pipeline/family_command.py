@@ -26,10 +26,9 @@ class FamilyOptions:
     evaluate_text: tuple[str, ...]
     plots: bool | None
 
-    def refuse_alone(self, config: TrainConfig) -> None:
+    def refuse_alone(self) -> None:
         """Raise click's UsageError for a flag that needs --students."""
         given = [field.name for field in fields(self) if getattr(self, field.name) not in (None, False, ())]
-        given += ["evaluate_cache"] if config.evaluate_cache is not None else []
         if given:
             raise click.UsageError(f"--{given[0].replace('_', '-')} needs --students")
 
@@ -68,6 +67,7 @@ def run_family(config: TrainConfig, options: FamilyOptions, *, dry_run: bool, as
     from train.family import plan_family, train_family
     from train.family_config import read_family
     from train.family_report import plan_lines, table_lines
+    from train.ranks import ranks_of_environment
 
     assert options.students is not None
     measured: dict[str, Any] = {"cache": config.evaluate_cache, "text": options.evaluate_text}
@@ -86,5 +86,6 @@ def run_family(config: TrainConfig, options: FamilyOptions, *, dry_run: bool, as
         emit(as_json, facts, plan_lines(facts))
         return EXIT_DONE
     report = train_family(family, plots=options.plots, quiet=as_json)
-    emit(as_json, report, table_lines(report))
+    if ranks_of_environment().is_first:
+        emit(as_json, report, table_lines(report))
     return EXIT_FAILED if any(row["status"] != "done" for row in report["students"]) else EXIT_DONE

@@ -1,6 +1,7 @@
 """From block indices to tensors: a cache and a plan of steps come in, micro-batches for the student go out.
 
-A background thread reads ahead, so that disk and decompression hide behind the student's passes.
+A background thread reads ahead, so that disk and decompression hide behind the student's passes. A step's blocks are
+cut into micro-batches in one order; of ``num_ranks`` ranks, rank r takes the r-th, and every ``num_ranks``-th after it.
 
 Legend: B batch.
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -32,14 +33,16 @@ class StepPlan:
     batch_blocks: int
     """Blocks of a micro-batch."""
     accumulate: int
-    """Micro-batches of a step; the last step of an epoch may have fewer and smaller ones."""
+    """Micro-batches of a step on each rank; the last step of an epoch may have fewer and smaller ones."""
     epochs: int
     max_steps: int | None = None
+    num_ranks: int = 1
+    """Processes that share a step."""
 
     @property
     def step_blocks(self) -> int:
-        """Blocks of one whole step."""
-        return self.batch_blocks * self.accumulate
+        """Blocks of one whole step, over all ranks."""
+        return self.batch_blocks * self.accumulate * self.num_ranks
 
     @property
     def steps_per_epoch(self) -> int:
@@ -64,8 +67,10 @@ class MicroBatch:
 
     step: int
     epoch: int
+    number: int
+    """Which micro-batch of its step, over all ranks, from 0."""
     blocks: IndexArray
-    """int64 [B], block indices."""
+    """int64 [B], block indices; none where a rank has nothing left to do but to keep step with the others."""
     batch: DistilBatch
     """In host memory; ``to`` moves it."""
     counts: TermCounts
@@ -83,40 +88,54 @@ def micro_batches(
     seed: int,
     window_shards: int,
     draws_per_step: int | None = None,
+    rank: int = 0,
     with_hidden: bool = True,
     pin_memory: bool = False,
 ) -> Iterator[MicroBatch]:
-    """Yield all micro-batches from ``first_step`` to the end of the run, in order."""
+    """Yield all micro-batches of one rank from ``first_step`` to the end of the run, in order; only they are read.
+
+    Every rank makes as many passes: where a step has none left for it, it gets a block without a real token.
+    """
     manifest = reader.manifest
     window = manifest.hidden.window if manifest.hidden else None
-    # Not how targets are kept: caches of one text give one order, whatever their encoding.
-    fingerprint = manifest.corpus.tokens_sha256
     order: EpochOrder | None = None
     for step in range(first_step, plan.total_steps):
         epoch, start = plan.start_of(step)
         if order is None or order.epoch != epoch:
-            order = EpochOrder(
-                num_blocks=plan.num_blocks,
-                shard_blocks=manifest.blocks.shard_blocks,
-                window_shards=window_shards,
-                seed=seed,
-                epoch=epoch,
-                fingerprint=fingerprint,
-            )
+            order = epoch_order(reader, plan, epoch=epoch, seed=seed, window_shards=window_shards)
         step_blocks = order.indices(start, min(plan.step_blocks, plan.num_blocks - start))
         counts = count_terms(torch.from_numpy(reader.lengths(step_blocks).astype(np.int64)), window)
         pieces = [step_blocks[i : i + plan.batch_blocks] for i in range(0, len(step_blocks), plan.batch_blocks)]
-        for number, blocks in enumerate(pieces):
+        passes = -(-len(pieces) // plan.num_ranks)
+        for turn in range(passes):
+            number = turn * plan.num_ranks + rank
+            idle = number >= len(pieces)
+            blocks = pieces[-1][:1] if idle else pieces[number]
             stored = reader.batch(blocks, temperature, with_hidden=with_hidden)
             stored = redrawn(stored, manifest, blocks, draws_per_step=draws_per_step, seed=seed, epoch=epoch)
+            batch = to_tensors(stored, pin_memory=pin_memory)
             yield MicroBatch(
                 step=step,
                 epoch=epoch,
-                blocks=blocks,
-                batch=to_tensors(stored, pin_memory=pin_memory),
+                number=number,
+                blocks=blocks[:0] if idle else blocks,
+                batch=replace(batch, lengths_B=torch.zeros_like(batch.lengths_B)) if idle else batch,
                 counts=counts,
-                ends_step=number == len(pieces) - 1,
+                ends_step=turn == passes - 1,
             )
+
+
+def epoch_order(reader: CacheReader, plan: StepPlan, *, epoch: int, seed: int, window_shards: int) -> EpochOrder:
+    """Return the order in which an epoch of a run visits its blocks."""
+    return EpochOrder(
+        num_blocks=plan.num_blocks,
+        shard_blocks=reader.manifest.blocks.shard_blocks,
+        window_shards=window_shards,
+        seed=seed,
+        epoch=epoch,
+        # Not how targets are kept: caches of one text give one order, whatever their encoding.
+        fingerprint=reader.manifest.corpus.tokens_sha256,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,8 +150,11 @@ class _End:
 def ahead(items: Iterator[MicroBatch], depth: int = READ_AHEAD) -> Generator[MicroBatch, None, None]:
     """Yield ``items``, drawn up to ``depth`` ahead by a thread; close the generator to stop the thread.
 
-    An error of the thread is raised here, in its place among the items.
+    An error of the thread is raised here, in its place among the items. With a depth of 0 there is no thread.
     """
+    if depth == 0:
+        yield from items
+        return
     ready: queue.Queue[MicroBatch | _Failure | _End] = queue.Queue(maxsize=depth)
     stopped = threading.Event()
 

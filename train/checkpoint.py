@@ -1,8 +1,11 @@
-"""Checkpoints of a run: model, optimizer, random states and position come in, one published folder goes out.
+"""Checkpoints of a run: model, optimizer and position come in, one published folder goes out.
 
 ``step-00000123/`` holds ``state.safetensors`` (all tensors) and ``state.json`` (all else, with the digest of the
 tensors). Nothing is pickled. A folder is written under a temporary name, synced and renamed, and the one before it is
 removed only then; so there is a whole checkpoint at every moment, and what a killed write leaves is never read.
+
+Parameters that ranks hold in slices are gathered: a checkpoint does not tell how many ranks wrote it. No random state
+is in it: what a pass draws depends on the seed, the step and the micro-batch alone.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from torch import Tensor, nn
 from cache_spec.durable import TEMPORARY_PREFIX, make_folder, sync_folder, writing
 from cache_spec.errors import BadInputError, CacheError, WouldLoseDataError
 from cache_spec.manifest import load_sealed, seal_json
+from train.parallel import part_like, whole
 
 STATE_NAME = "state.json"
 TENSORS_NAME = "state.safetensors"
@@ -84,38 +88,64 @@ class Checkpoint:
         return self.state.position
 
 
-def save_checkpoint(
-    folder: Path,
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """All that a checkpoint holds, in host memory."""
+
+    position: Position
+    fingerprint: str
+    settings: dict[str, Any]
+    tensors: dict[str, Tensor]
+    aliases: dict[str, str]
+
+
+def take_snapshot(
     position: Position,
     *,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    rng: Mapping[str, Tensor],
     fingerprint: str,
     settings: Mapping[str, Any],
-) -> Path:
-    """Publish a checkpoint of ``position`` in ``folder``, then remove older ones; returns its path.
+    copies: bool = False,
+    keep: bool = True,
+) -> Snapshot:
+    """Return a run's state as it is now; where ranks hold slices, all of them call this.
 
-    ``rng`` is what ``rng_states`` gave. Raises BadInputError("cannot-write") with the older checkpoint untouched.
+    With ``copies`` it stays so whatever the run does next; without ``keep`` a rank only gives its slices, and its
+    snapshot has no tensors.
+    """
+    weights, aliases = _without_ties(model)
+    named = {f"model/{name}": tensor for name, tensor in weights.items()}
+    named |= {f"optimizer/{name}": tensor for name, tensor in _optimizer_tensors(model, optimizer).items()}
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in named.items():
+        full = whole(tensor.detach())
+        if keep:
+            tensors[name] = torch.clone(full) if copies and full.device.type == "cpu" else full.cpu()
+    return Snapshot(
+        position=position, fingerprint=fingerprint, settings=dict(settings), tensors=tensors, aliases=aliases
+    )
+
+
+def publish(folder: Path, snapshot: Snapshot) -> Path:
+    """Publish a checkpoint in ``folder``, then remove older ones; returns its path.
+
+    Raises BadInputError("cannot-write") with the older checkpoint untouched.
     """
     make_folder(folder)
     remove_unpublished(folder)
-    path = folder / f"step-{position.step:08d}"
+    path = folder / f"step-{snapshot.position.step:08d}"
     if not path.exists():
-        weights, aliases = _without_ties(model)
-        tensors = {f"model/{name}": tensor for name, tensor in weights.items()}
-        tensors |= {f"optimizer/{name}": tensor for name, tensor in _optimizer_tensors(model, optimizer).items()}
-        tensors |= {f"rng/{name}": tensor for name, tensor in rng.items()}
         temporary = folder / f"{TEMPORARY_PREFIX}{path.name}-{os.getpid()}-{secrets.token_hex(4)}"
         with writing(path):
             try:
                 temporary.mkdir()
-                _write_tensors(temporary / TENSORS_NAME, tensors)
+                _write_tensors(temporary / TENSORS_NAME, snapshot.tensors)
                 state = CheckpointState(
-                    position=position,
-                    fingerprint=fingerprint,
-                    settings=dict(settings),
-                    aliases=aliases,
+                    position=snapshot.position,
+                    fingerprint=snapshot.fingerprint,
+                    settings=snapshot.settings,
+                    aliases=snapshot.aliases,
                     tensors_sha256=_file_sha256(temporary / TENSORS_NAME),
                     tensors_bytes=(temporary / TENSORS_NAME).stat().st_size,
                 )
@@ -159,10 +189,8 @@ def load_latest(folder: Path) -> Checkpoint | None:
     return Checkpoint(path=path, state=state, tensors=load_file(path / TENSORS_NAME))
 
 
-def restore(
-    checkpoint: Checkpoint, *, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device
-) -> None:
-    """Put weights, optimizer state and random states back exactly; CheckpointError where names or shapes differ."""
+def restore_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
+    """Put weights back exactly, before ranks slice them; CheckpointError where names or shapes differ."""
     weights = _part(checkpoint, "model/")
     for name, kept_name in checkpoint.state.aliases.items():
         weights[name] = weights[kept_name]
@@ -173,8 +201,22 @@ def restore(
         odd = sorted(name for name in described | wanted if described.get(name) != wanted.get(name)) or sorted(aliases)
         raise CheckpointError("checkpoint-mismatch", checkpoint.path, expected=f"{len(own)} tensors", found=odd[:3])
     model.load_state_dict(weights)
-    _restore_optimizer(checkpoint, model, optimizer)
-    set_rng_states(_part(checkpoint, "rng/"), device)
+
+
+def restore_optimizer(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Put the optimizer's state back exactly, of a slice its slice; CheckpointError for what is not trained now."""
+    parameters = dict(model.named_parameters())
+    names = {parameter: name for name, parameter in parameters.items()}
+    in_order = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+    numbers = {name: number for number, name in enumerate(in_order)}
+    state: dict[int, dict[str, Tensor]] = {}
+    for full_name, tensor in _part(checkpoint, "optimizer/").items():
+        name, _, key = full_name.rpartition("/")
+        if name not in numbers:
+            raise CheckpointError("checkpoint-mismatch", checkpoint.path, found=f"optimizer state of {name}")
+        # A copy: AdamW writes into its state, and this tensor may be a view of the mapped file.
+        state.setdefault(numbers[name], {})[key] = part_like(tensor, parameters[name])
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def refuse_another_run(
@@ -198,25 +240,6 @@ def refuse_another_run(
         )
 
 
-def rng_states(device: torch.device) -> dict[str, Tensor]:
-    """Return the states of the generators that dropout on ``device`` draws from, uint8 tensors by name."""
-    states = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
-    if device.type == "mps":
-        states["mps"] = torch.mps.get_rng_state()
-    return states
-
-
-def set_rng_states(states: Mapping[str, Tensor], device: torch.device) -> None:
-    """Put random states back; those of a device that is not used now are left alone."""
-    torch.set_rng_state(states["cpu"])
-    if device.type == "cuda" and "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"], device)
-    if device.type == "mps" and "mps" in states:
-        torch.mps.set_rng_state(states["mps"])
-
-
 def remove_unpublished(folder: Path) -> None:
     """Remove what killed writes and removals left in a checkpoint folder."""
     for leftover in folder.glob(f"{TEMPORARY_PREFIX}*"):
@@ -236,15 +259,15 @@ def _part(checkpoint: Checkpoint, prefix: str) -> dict[str, Tensor]:
 
 def _without_ties(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Split a state dict into its distinct tensors and the further names of tied ones."""
-    first_name: dict[tuple[object, ...], str] = {}
+    state = model.state_dict(keep_vars=True)
+    first_name: dict[int, str] = {}
     kept: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
-    for name, tensor in model.state_dict().items():
-        where = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-        if tensor.numel() and where in first_name:
-            aliases[name] = first_name[where]
+    for name, tensor in state.items():
+        if id(tensor) in first_name:
+            aliases[name] = first_name[id(tensor)]
         else:
-            first_name[where] = name
+            first_name[id(tensor)] = name
             kept[name] = tensor
     return kept, aliases
 
@@ -255,20 +278,6 @@ def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
         for name, parameter in model.named_parameters()
         for key, value in optimizer.state.get(parameter, {}).items()
     }
-
-
-def _restore_optimizer(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    in_order = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
-    numbers = {name: number for number, name in enumerate(in_order)}
-    state: dict[int, dict[str, Tensor]] = {}
-    for full_name, tensor in _part(checkpoint, "optimizer/").items():
-        name, _, key = full_name.rpartition("/")
-        if name not in numbers:
-            raise CheckpointError("checkpoint-mismatch", checkpoint.path, found=f"optimizer state of {name}")
-        # A copy: AdamW writes into its state, and this tensor may be a view of the mapped file.
-        state.setdefault(numbers[name], {})[key] = tensor.clone()
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

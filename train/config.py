@@ -12,7 +12,8 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 # These may change when a run goes on: where things lie, how often something is written, and what moves only the
-# last bits of a float (the order of a sum). `precision` and `tail` are compared as what they resolve to.
+# last bits of a float (the order of a sum). `precision` and `tail` are compared as what they resolve to, and of how a
+# step's blocks are cut up (`batch_blocks`, `accumulate`, the number of ranks) their product. `max_hours` may be raised.
 CHANGEABLE_ON_RESUME = frozenset(
     {
         "cache",
@@ -24,7 +25,17 @@ CHANGEABLE_ON_RESUME = frozenset(
         "device",
         "precision",
         "chunk_rows",
+        "batch_blocks",
+        "accumulate",
+        "strategy",
+        "compile",
+        "activation_checkpointing",
+        "read_ahead",
+        "max_hours",
         "evaluate_cache",
+        "evaluate_every",
+        "async_checkpoint",
+        "wandb",
     }
 )
 
@@ -85,10 +96,15 @@ class TrainConfig(BaseModel):
     """Passes over the cache."""
     max_steps: int | None = Field(default=None, gt=0)
     """Stop after this many optimizer steps, with the learning rate decayed by then."""
+    max_tokens: int | None = Field(default=None, gt=0)
+    """Stop with the step that reaches this many tokens, with the learning rate decayed by then."""
+    max_hours: float | None = Field(default=None, gt=0)
+    """Stop after this many hours of training, earlier runs of the same command included; the learning rate then follows
+    the clock too, and has decayed by then."""
     batch_blocks: int = Field(default=8, gt=0)
-    """Blocks in one forward and backward pass."""
+    """Blocks in one forward and backward pass of one rank."""
     accumulate: int = Field(default=1, gt=0)
-    """Passes whose gradients make one optimizer step."""
+    """Passes of each rank whose gradients make one optimizer step."""
     window_shards: int = Field(default=16, gt=0)
     """Shards whose blocks are shuffled together."""
 
@@ -118,14 +134,30 @@ class TrainConfig(BaseModel):
     chunk_rows: int | None = Field(default=None, gt=0)
     """Positions whose logits exist at once in the loss; default: what fits a modest device."""
 
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    """What the ranks of a launch share: ddp, gradients alone; fsdp, weights and optimizer state too."""
+    read_ahead: int = Field(default=2, ge=0, le=64)
+    """Batches made ready ahead by a thread of each rank; 0 reads in the training thread."""
+
+    compile: bool = False
+    """Compile the student with torch.compile: a slow start, then faster passes."""
+    activation_checkpointing: bool = False
+    """Keep less of the forward pass and compute it again on the way back: less memory, more time."""
+
     evaluate_cache: Path | None = None
-    """Finished cache of held-out text, by the same teacher, to measure a family's students on."""
+    """Finished cache of held-out text, by the same teacher, to measure the student on while it learns."""
+    evaluate_every: int | None = Field(default=None, gt=0)
+    """Steps between two measurements on evaluate_cache; default: at the end alone."""
+    async_checkpoint: bool = True
+    """Write checkpoints from a copy in memory while training goes on."""
     checkpoint_every: int = Field(default=500, gt=0)
     """Steps between two checkpoints."""
     log_every: int = Field(default=10, gt=0)
     """Steps between two lines of metrics."""
     tensorboard: bool = True
     """Write TensorBoard logs beside the metrics."""
+    wandb: str | None = Field(default=None, min_length=1)
+    """Weights & Biases project to log to as well."""
 
     @field_validator("layer_indices")
     @classmethod
@@ -144,6 +176,10 @@ class TrainConfig(BaseModel):
     def _settings_fit_together(self) -> Self:
         if self.kl_weight + self.ce_weight + self.cosine_weight + self.mse_weight == 0:
             raise ValueError("every loss weight is zero: nothing would be learnt")
+        if self.compile and self.strategy == "fsdp":
+            raise ValueError("compile means nothing with strategy = fsdp: its layers are gathered between kernels")
+        if self.evaluate_every is not None and self.evaluate_cache is None:
+            raise ValueError("evaluate_every needs evaluate_cache")
         if self.num_layers is not None and self.layer_indices is not None:
             raise ValueError("give num_layers or layer_indices, not both")
         if self.student == "checkpoint" and self.checkpoint is None:

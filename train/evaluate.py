@@ -92,7 +92,7 @@ def _measure(
     cache = None
     if reader is not None:
         with bar(str(reader.path), reader.manifest.corpus.num_tokens) as progress:
-            cache = _cache_figures(scorer, reader, config.temperature, config.batch_blocks, progress.update)
+            cache = cache_figures(scorer, reader, config.temperature, config.batch_blocks, progress.update)
     return {
         "name": source.name,
         "parameters": sum(parameter.numel() for parameter in scorer.model.parameters()),
@@ -130,7 +130,7 @@ def _text_figures(
 
 
 @torch.inference_mode()
-def _cache_figures(
+def cache_figures(
     scorer: Scorer, reader: CacheReader, temperature: float, batch_blocks: int, seen: Callable[[int], object]
 ) -> dict[str, Any]:
     manifest = reader.manifest

@@ -14,7 +14,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,15 +25,16 @@ from cache_spec.durable import make_folder, replace_file, writing
 from cache_spec.errors import KdpipeError, WouldLoseDataError
 from cache_spec.failures import first_line
 from cache_spec.reader import CacheReader
-from train.checkpoint import refuse_another_run
 from train.evaluate import evaluate_models
 from train.evaluate_config import EvaluateConfig
 from train.family_config import Family, FamilyStudent
 from train.family_plots import draw_family, require_matplotlib
 from train.family_report import report_csv, report_markdown
-from train.loop import plan, train
+from train.loop import train
+from train.planning import plan
+from train.ranks import ranks_of_environment
 from train.run import first_student, loss_weights, pick_device, pick_precision, run_identity
-from train.run_folder import RUN_NAME, STUDENT_NAME, finished_result, published_run, refuse_foreign
+from train.run_folder import RUN_NAME, STUDENT_NAME, finished_result, goes_on, refuse_foreign
 from train.scorer import pick_dtype
 from train.speed import measure_speeds
 
@@ -52,18 +53,23 @@ def train_family(family: Family, *, plots: bool | None = None, quiet: bool = Fal
     (the fields of ``Speed``); what is not known is None. ``plots``: draw them; None: if matplotlib is there.
 
     Everything is checked, and every new student built once, before the first is trained: KdpipeError, naming the
-    student, for one that could not be. SIGINT and SIGTERM leave a checkpoint and raise KeyboardInterrupt.
+    student, for one that could not be. Started by a launcher, each process calls this and shares the training; rank 0
+    alone measures and writes. SIGINT and SIGTERM leave a checkpoint and raise KeyboardInterrupt.
     """
     if plots is not False:
         plots = require_matplotlib(asked=plots is not None)
-    with _claimed(family.out):
+    is_first = ranks_of_environment().is_first
+    with _claimed(family.out) if is_first else nullcontext():
         check_family(family)
         before = _report_before(family.out)
         rows = [_row(student) for student in family.students]
         for number, (student, row) in enumerate(zip(family.students, rows, strict=True), 1):
             logger.info("student %s, %d of %d", student.name, number, len(rows))
             _train(student, row, quiet=quiet)
-            _write(family, rows)
+            if is_first:
+                _write(family, rows)
+        if not is_first:
+            return {"students": rows}
         done = [(student, row) for student, row in zip(family.students, rows, strict=True) if row["status"] == "done"]
         if family.evaluate is not None:
             for student, row in done:
@@ -109,12 +115,9 @@ def _check_run(student: FamilyStudent, reader: CacheReader) -> bool:
     """Check what costs nothing; returns whether something of this run is there to go on from."""
     config = student.config
     loss_weights(config, reader)
-    identity = run_identity(config, reader, pick_precision(config.precision, pick_device(config.device)))
+    precision = pick_precision(config.precision, pick_device(config.device))
     refuse_foreign(config.out)
-    record = published_run(config.out)
-    if record is not None:
-        refuse_another_run(config.out, saved=(record["fingerprint"], record["settings"]), asked=identity)
-    return record is not None
+    return goes_on(config.out, run_identity(config, reader, precision, ranks_of_environment().num_ranks))
 
 
 def _train(student: FamilyStudent, row: dict[str, Any], *, quiet: bool) -> None:

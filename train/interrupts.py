@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 import threading
+import time
 from types import FrameType
 from typing import Any
 
@@ -16,10 +17,15 @@ class Interrupted(Exception):
 
 
 class Interrupts:
-    """Remembers the first SIGINT or SIGTERM, so that a step is never torn; a second one stops at once."""
+    """Remembers the first SIGINT or SIGTERM, so that a step is never torn; a second one stops at once.
 
-    def __init__(self) -> None:
+    Within ``same_s`` seconds a second one is the first once more: of Ctrl-C both the terminal and a launcher tell.
+    """
+
+    def __init__(self, same_s: float = 0.0) -> None:
         self.asked = False
+        self._same_s = same_s
+        self._asked_at = 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Interrupts:
@@ -34,6 +40,8 @@ class Interrupts:
 
     def _remember(self, number: int, _frame: FrameType | None) -> None:
         if self.asked:
+            if time.monotonic() - self._asked_at < self._same_s:
+                return
             raise KeyboardInterrupt
-        self.asked = True
+        self.asked, self._asked_at = True, time.monotonic()
         logger.info("%s: stopping after a checkpoint", signal.Signals(number).name)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -18,12 +18,25 @@ from transformers import PreTrainedModel
 from cache_spec.errors import BadInputError
 from cache_spec.reader import CacheReader
 from train.batches import StepPlan
-from train.checkpoint import Position, load_latest, refuse_another_run, restore, save_checkpoint
+from train.budget import steps_for_tokens
+from train.checkpoint import (
+    Checkpoint,
+    Position,
+    Snapshot,
+    load_latest,
+    refuse_another_run,
+    restore_optimizer,
+    restore_weights,
+    take_snapshot,
+)
 from train.config import TrainConfig
 from train.distiller import Distiller, LossWeights, check_student_head
+from train.parallel import is_slice, whole, wrap
+from train.ranks import Ranks
 from train.redraw import check_draws
 from train.run_folder import CHECKPOINTS_NAME, rebuild_student, save_student_config, set_dropout, write_run
 from train.student import StudentBuild, build_student
+from train.student_modes import set_modes
 from train.teacher_targets import TeacherTargets, pick_tail
 
 logger = logging.getLogger("kdpipe")
@@ -39,80 +52,117 @@ class Run:
     config: TrainConfig
     reader: CacheReader
     plan: StepPlan
+    ranks: Ranks
     device: torch.device
     precision: Precision
     identity: tuple[str, dict[str, Any]]
     distiller: Distiller
+    model: nn.Module
+    """What a pass calls: the distiller, wrapped where there are several ranks."""
     optimizer: torch.optim.Optimizer
     position: Position
 
     def parameters(self) -> list[Tensor]:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
-    def save(self, rng: dict[str, Tensor]) -> None:
+    def snapshot(self, *, copies: bool) -> Snapshot:
+        """Return the run's state for a checkpoint, which rank 0 writes; all ranks call this."""
         fingerprint, settings = self.identity
-        save_checkpoint(
-            self.config.out / CHECKPOINTS_NAME,
+        return take_snapshot(
             self.position,
             model=self.distiller,
             optimizer=self.optimizer,
-            rng=rng,
             fingerprint=fingerprint,
             settings=settings,
+            copies=copies,
+            keep=self.ranks.is_first,
         )
+
+    def whole_student(self) -> PreTrainedModel:
+        """Return the student with all of its weights, on rank 0; all ranks call this."""
+        student = self.distiller.student
+        weights = student.state_dict()
+        if not any(is_slice(tensor) for tensor in weights.values()):
+            return student
+        full = {name: whole(tensor) for name, tensor in weights.items()}
+        if not self.ranks.is_first:
+            return student
+        with torch.random.fork_rng(devices=[]):
+            copy: Any = rebuild_student(self.config.out)
+        copy.load_state_dict(full)
+        moved: PreTrainedModel = copy.to(self.device)
+        return moved
 
 
 def open_run(
     config: TrainConfig,
     reader: CacheReader,
     weights: LossWeights,
+    ranks: Ranks,
     device: torch.device,
     precision: Precision,
     identity: tuple[str, dict[str, Any]],
 ) -> Run:
     """Put a run together: from its newest checkpoint, or else from the start."""
-    checkpoint = load_latest(config.out / CHECKPOINTS_NAME)
     first_weights: dict[str, Tensor] | None = None
-    plan = step_plan(config, reader)
+    with ranks.together():
+        checkpoint = load_latest(config.out / CHECKPOINTS_NAME)
+        plan = step_plan(config, reader, ranks.num_ranks)
+        if checkpoint is not None:
+            saved = (checkpoint.state.fingerprint, checkpoint.state.settings)
+            refuse_another_run(checkpoint.path, saved=saved, asked=identity)
+        elif ranks.is_first:
+            first_weights = _start(config, reader, plan, identity)
+    with ranks.together():
+        torch.manual_seed(config.seed)
+        student = rebuild_student(config.out)
+        if first_weights is not None:
+            student.load_state_dict(first_weights)
+        distiller = build_distiller(config, reader, weights, student, device)
+        if checkpoint is not None:
+            restore_weights(checkpoint, distiller)
     if checkpoint is None:
-        first_weights = _start(config, reader, plan, identity)
-    else:
-        saved = (checkpoint.state.fingerprint, checkpoint.state.settings)
-        refuse_another_run(checkpoint.path, saved=saved, asked=identity)
-    torch.manual_seed(config.seed)
-    student = rebuild_student(config.out)
-    if first_weights is not None:
-        student.load_state_dict(first_weights)
-    distiller = build_distiller(config, reader, weights, student, device)
+        ranks.copy_from_first(distiller)
+    model = wrap(distiller, ranks, config.strategy, device)
     run = Run(
         config=config,
         reader=reader,
         plan=plan,
+        ranks=ranks,
         device=device,
         precision=precision,
         identity=identity,
         distiller=distiller,
+        model=model,
         optimizer=_optimizer(distiller, config),
         position=Position(step=0, epoch=0, samples=0, tokens=0, seconds=0.0),
     )
-    # After the student and its projection drew what they need, so that dropout depends on the seed alone.
-    torch.manual_seed(config.seed)
     if checkpoint is not None:
-        restore(checkpoint, model=distiller, optimizer=run.optimizer, device=device)
-        run.position = checkpoint.position
-        logger.info("going on from %s of %d steps", checkpoint.path.name, plan.total_steps)
+        _go_on(run, checkpoint)
     return run
 
 
-def step_plan(config: TrainConfig, reader: CacheReader) -> StepPlan:
+def _go_on(run: Run, checkpoint: Checkpoint) -> None:
+    with run.ranks.together():
+        restore_optimizer(checkpoint, run.distiller, run.optimizer)
+    run.position = checkpoint.position
+    logger.info("going on from %s of %d steps", checkpoint.path.name, run.plan.total_steps)
+
+
+def step_plan(config: TrainConfig, reader: CacheReader, num_ranks: int = 1) -> StepPlan:
     """Return how the run's steps tile the cache."""
-    return StepPlan(
+    plan = StepPlan(
         num_blocks=reader.manifest.blocks.num_blocks,
         batch_blocks=config.batch_blocks,
         accumulate=config.accumulate,
         epochs=config.epochs,
         max_steps=config.max_steps,
+        num_ranks=num_ranks,
     )
+    if config.max_tokens is None:
+        return plan
+    steps = steps_for_tokens(reader, plan, config.max_tokens, seed=config.seed, window_shards=config.window_shards)
+    return replace(plan, max_steps=steps)
 
 
 def first_student(config: TrainConfig, reader: CacheReader) -> StudentBuild:
@@ -154,6 +204,7 @@ def build_distiller(
     if config.freeze_position_embeddings:
         for embedding in _position_embeddings(student):
             embedding.weight.requires_grad_(False)
+    set_modes(student, config)
     return distiller.train()
 
 
@@ -215,9 +266,16 @@ def pick_precision(name: str, device: torch.device) -> Precision:
     return "bf16" if name == "bf16" else "fp32"
 
 
-def run_identity(config: TrainConfig, reader: CacheReader, precision: Precision) -> tuple[str, dict[str, Any]]:
+def run_identity(
+    config: TrainConfig, reader: CacheReader, precision: Precision, num_ranks: int = 1
+) -> tuple[str, dict[str, Any]]:
     """Return what a run goes on from and nothing else: the cache's fingerprint, and settings as they resolve."""
-    resolved = {"precision": precision, "tail": pick_tail(config.tail, reader.manifest)}
+    resolved = {
+        "precision": precision,
+        "tail": pick_tail(config.tail, reader.manifest),
+        # How a step's blocks are cut up moves the last bits of a sum; how many they are is another run.
+        "step_blocks": config.batch_blocks * config.accumulate * num_ranks,
+    }
     return reader.manifest.fingerprint, config.result_settings() | resolved
 
 

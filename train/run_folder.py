@@ -8,12 +8,13 @@ OUT/metrics.jsonl    one line every few steps                OUT/student/       
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from importlib import metadata
+from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from cache_spec.durable import TEMPORARY_PREFIX, make_folder, replace_file, writing
 from cache_spec.errors import BadInputError, WouldLoseDataError
 from cache_spec.failures import first_line
-from train.checkpoint import CheckpointError
+from train.checkpoint import CheckpointError, refuse_another_run
 from train.export import sync_files
 from train.student import quiet_transformers
 
@@ -73,6 +74,14 @@ def published_run(out: Path) -> dict[str, Any] | None:
     if run is not None and not (isinstance(run.get("fingerprint"), str) and isinstance(run.get("settings"), dict)):
         raise CheckpointError("damaged-run", out / RUN_NAME, expected="a run's fingerprint and settings")
     return run
+
+
+def goes_on(out: Path, identity: tuple[str, dict[str, Any]]) -> bool:
+    """Whether there is something of this run to go on from; raises WouldLoseDataError for something of another."""
+    record = published_run(out)
+    if record is not None:
+        refuse_another_run(out, saved=(record["fingerprint"], record["settings"]), asked=identity)
+    return record is not None
 
 
 def write_run(out: Path, content: Mapping[str, Any]) -> None:
@@ -151,15 +160,24 @@ def rebuild_student(out: Path) -> PreTrainedModel:
 
 
 class Metrics:
-    """``metrics.jsonl`` and TensorBoard of one run, continued after ``last_step``: what came later is dropped."""
+    """``metrics.jsonl`` and other logs of one run, continued after ``last_step``: what came later is dropped."""
 
-    def __init__(self, out: Path, *, last_step: int, tensorboard: bool) -> None:
+    def __init__(
+        self,
+        out: Path,
+        *,
+        last_step: int,
+        tensorboard: bool,
+        wandb: str | None = None,
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
         self._path = out / _METRICS_NAME
+        self._writer: Any = None
+        self._wandb: Any = None if wandb is None else _open_wandb(wandb, out, settings or {})
         kept = [line for line in read_metrics(out) if line["step"] <= last_step]
         replace_file(self._path, b"".join(_line(line) for line in kept))
         # Unbuffered: closing must not fail again after a write did.
         self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115 (closed by close)
-        self._writer: Any = None
         if tensorboard:
             # Slow to import, and not everyone asks for it.
             from torch.utils.tensorboard import SummaryWriter
@@ -168,13 +186,16 @@ class Metrics:
                 self._writer = SummaryWriter(str(out / "tensorboard"), purge_step=last_step + 1)
 
     def write(self, content: Mapping[str, float | int]) -> None:
-        """Add one line; ``step`` is its key."""
+        """Add one line; ``step`` is its key. A name without a slash is of the training itself."""
         line = _line(content)
+        tags = {name if "/" in name else f"train/{name}": value for name, value in content.items() if name != "step"}
         with writing(self._path):
             if self._file.write(line) != len(line):
                 raise OSError("the disk took only part of a line")
-            for name in content.keys() - {"step"} if self._writer is not None else ():
-                self._writer.add_scalar(f"train/{name}", content[name], content["step"])
+            for name, value in tags.items() if self._writer is not None else ():
+                self._writer.add_scalar(name, value, content["step"])
+        if self._wandb is not None:
+            self._wandb.log(tags, step=content["step"])
 
     def sync(self) -> None:
         """Make all lines durable: a checkpoint must not know more steps than the metrics."""
@@ -184,11 +205,24 @@ class Metrics:
                 self._writer.flush()
 
     def close(self) -> None:
-        """Close both logs."""
+        """Close all logs."""
         self._file.close()
+        if self._wandb is not None:
+            self._wandb.finish()
         if self._writer is not None:
             with writing(self._path):
                 self._writer.close()
+
+
+def _open_wandb(project: str, out: Path, settings: Mapping[str, Any]) -> Any:
+    """A run of Weights & Biases, the same one whenever this folder's run goes on."""
+    try:
+        wandb = import_module("wandb")
+    except ImportError:
+        hint = "pip install 'kdpipe[wandb]', or leave wandb out"
+        raise BadInputError("missing-package", "wandb", expected="an installed package", hint=hint) from None
+    identity = hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:16]
+    return wandb.init(project=project, name=out.name, id=identity, resume="allow", dir=str(out), config=dict(settings))
 
 
 def read_metrics(out: Path) -> list[dict[str, Any]]:

@@ -337,7 +337,7 @@ def test_folders_of_something_else_are_refused(made: Path, tmp_path: Path) -> No
         train_family(family(made, tmp_path / "out" / "fresh"), quiet=True)
 
 
-@pytest.mark.parametrize("flag", [["--control"], ["--evaluate-cache", "c"], ["--evaluate-text", "t"], ["--plots"]])
+@pytest.mark.parametrize("flag", [["--control"], ["--evaluate-text", "t"], ["--plots"]])
 def test_flags_of_a_family_need_one(capsys: pytest.CaptureFixture[str], tmp_path: Path, flag: list[str]) -> None:
     assert cli.run(["train-student", "--cache", str(tmp_path), "--out", str(tmp_path / "o"), *flag]) == 2
     assert "needs --students" in capsys.readouterr().err

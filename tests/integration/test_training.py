@@ -18,25 +18,22 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, models
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
 from transformers.utils import logging as untyped_logging
 
 from cache_spec.errors import EXIT_FAILED, BadInputError, CacheError, KdpipeError, WouldLoseDataError
-from cache_spec.manifest import sha256_hex
 from cache_spec.reader import CacheReader
-from tests.synthetic import make_manifest, make_rows, write_cache
+from tests.runs import BLOCKS, TOKENS, assert_same_run, run_settings, save_run_cache, save_run_teacher, weights_of
 from train.batches import READ_AHEAD, MicroBatch, StepPlan, ahead, micro_batches
 from train.checkpoint import CheckpointError, load_latest
 from train.config import TrainConfig
 from train.distiller import Distiller
-from train.loop import plan, train
+from train.loop import train
 from train.memory import out_of_memory_at
+from train.planning import plan
 from train.run import pick_device, pick_precision
-from train.teacher_layers import weights_digest
 
 transformers_logging: Any = untyped_logging
-VOCABULARY, WIDTH, TOKENS, BLOCKS = 50, 16, 8, 22
 
 
 @pytest.fixture(autouse=True)
@@ -48,87 +45,19 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def teacher_config() -> GPT2Config:
-    return GPT2Config(
-        vocab_size=VOCABULARY, n_positions=16, n_embd=WIDTH, n_layer=3, n_head=2, bos_token_id=0, eos_token_id=0
-    )
-
-
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("teacher")
-    torch.manual_seed(1)
-    GPT2LMHeadModel(teacher_config()).save_pretrained(folder)
-    return folder
+    return save_run_teacher(tmp_path_factory.mktemp("teacher"))
 
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory, teacher: Path) -> Path:
-    folder = tmp_path_factory.mktemp("cache")
-    teacher_config().save_pretrained(folder / "teacher")
-    words = {f"w{number}": number for number in range(VOCABULARY)}
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w1")), eos_token="w0", unk_token="w1"
-    )
-    tokenizer.save_pretrained(folder / "tokenizer")
-    manifest = make_manifest(
-        num_blocks=BLOCKS,
-        block_tokens=TOKENS,
-        shard_blocks=4,
-        vocab_size=VOCABULARY,
-        k=5,
-        window=4,
-        hidden_size=WIDTH,
-        num_layers=3,
-    )
-    weights = manifest.teacher.model_copy(
-        update={"weights_sha256": weights_digest(list(teacher.glob("*.safetensors")))}
-    )
-    files = {
-        str(path.relative_to(folder)): sha256_hex(path.read_bytes()) for path in folder.rglob("*") if path.is_file()
-    }
-    rows = make_rows(manifest)
-    rows["block_lengths"][-1] = 5
-    corpus = manifest.corpus.model_copy(update={"num_tokens": BLOCKS * TOKENS - 3})
-    write_cache(folder, manifest.model_copy(update={"teacher": weights, "files": files, "corpus": corpus}), rows)
-    return folder
+    return save_run_cache(tmp_path_factory.mktemp("cache"), teacher)
 
 
 @pytest.fixture
 def settings(cache: Path, teacher: Path, tmp_path: Path) -> dict[str, Any]:
-    return {
-        "cache": cache,
-        "out": tmp_path / "run",
-        "teacher": str(teacher),
-        "num_layers": 2,
-        "epochs": 2,
-        "batch_blocks": 2,
-        "accumulate": 2,
-        "window_shards": 2,
-        "checkpoint_every": 3,
-        "log_every": 1,
-        "temperature": 2.0,
-        "cosine_weight": 0.5,
-        "dropout": 0.1,
-        "device": "cpu",
-        "tensorboard": False,
-    }
-
-
-def weights_of(out: Path) -> dict[str, torch.Tensor]:
-    return load_file(out / "student" / "model.safetensors")
-
-
-def assert_same_run(left: Path, right: Path) -> None:
-    ours, theirs = weights_of(left), weights_of(right)
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
-
-    def lines(out: Path) -> list[dict[str, Any]]:
-        found = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-        return [{key: value for key, value in line.items() if key != "tokens_per_s"} for line in found]
-
-    assert lines(left) == lines(right)
+    return run_settings(cache, teacher, tmp_path / "run")
 
 
 class Killed(BaseException):
@@ -256,6 +185,8 @@ def test_micro_batching_does_not_change_the_loss(settings: dict[str, Any], tmp_p
         ({"seed": 7}, "seed"),
         ({"precision": "bf16"}, "precision"),
         ({"max_steps": 5}, "max_steps"),
+        ({"max_tokens": 99}, "max_tokens"),
+        ({"accumulate": 3}, "step_blocks"),
     ],
 )
 def test_other_settings_are_refused_on_resume(settings: dict[str, Any], changes: dict[str, Any], said: str) -> None:

@@ -16,16 +16,17 @@ from torch import Tensor, nn
 from cache_spec.errors import EXIT_BAD_INPUT, EXIT_WOULD_LOSE_DATA, BadInputError, KdpipeError, WouldLoseDataError
 from train import checkpoint as under_test
 from train.checkpoint import (
+    Checkpoint,
     CheckpointError,
     Position,
     load_latest,
+    publish,
     refuse_another_run,
-    restore,
-    rng_states,
-    save_checkpoint,
+    restore_optimizer,
+    restore_weights,
+    take_snapshot,
 )
 
-CPU = torch.device("cpu")
 SETTINGS: dict[str, Any] = {"learning_rate": 6e-4, "layer_indices": [0, 2], "tail": "bucket"}
 
 
@@ -59,6 +60,8 @@ def pair(*, seed: int = 0, **changes: Any) -> tuple[Tied, torch.optim.AdamW]:
 
 def advance(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> None:
     for _ in range(steps):
+        torch.manual_seed(int(model.get_buffer("steps_seen")))
+        model.get_buffer("steps_seen").add_(1)
         model(torch.randint(11, (7,))).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -66,15 +69,13 @@ def advance(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> N
 
 def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> Path:
     position = Position(step=step, epoch=1, samples=8 * step, tokens=100 * step, seconds=1.5)
-    return save_checkpoint(
-        folder,
-        position,
-        model=model,
-        optimizer=optimizer,
-        rng=rng_states(CPU),
-        fingerprint="f" * 64,
-        settings=SETTINGS,
-    )
+    snapshot = take_snapshot(position, model=model, optimizer=optimizer, fingerprint="f" * 64, settings=SETTINGS)
+    return publish(folder, snapshot)
+
+
+def restore(loaded: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    restore_weights(loaded, model)
+    restore_optimizer(loaded, model, optimizer)
 
 
 def test_what_follows_a_restore_is_bitwise_what_would_have_followed(tmp_path: Path) -> None:
@@ -87,7 +88,7 @@ def test_what_follows_a_restore_is_bitwise_what_would_have_followed(tmp_path: Pa
     advance(other, other_optimizer, 1)
     loaded = load_latest(tmp_path)
     assert loaded is not None
-    restore(loaded, model=other, optimizer=other_optimizer, device=CPU)
+    restore(loaded, other, other_optimizer)
     assert loaded.position == Position(step=3, epoch=1, samples=24, tokens=300, seconds=1.5)
     advance(other, other_optimizer, 4)
     for name, tensor in model.state_dict().items():
@@ -101,9 +102,8 @@ def test_a_checkpoint_before_the_first_step_restores_a_fresh_optimizer(tmp_path:
     loaded = load_latest(tmp_path)
     assert loaded is not None
     other, other_optimizer = pair(seed=5)
-    restore(loaded, model=other, optimizer=other_optimizer, device=CPU)
+    restore(loaded, other, other_optimizer)
     advance(model, optimizer, 1)
-    torch.set_rng_state(loaded.tensors["rng/cpu"])
     advance(other, other_optimizer, 1)
     assert torch.equal(model.embedding.weight, other.embedding.weight)
 
@@ -230,7 +230,7 @@ def test_another_model_is_refused(tmp_path: Path, changes: dict[str, Any]) -> No
     assert loaded is not None
     other, other_optimizer = pair(**changes)
     with pytest.raises(CheckpointError, match="checkpoint-mismatch"):
-        restore(loaded, model=other, optimizer=other_optimizer, device=CPU)
+        restore(loaded, other, other_optimizer)
 
 
 def test_optimizer_state_of_a_parameter_that_is_not_trained_is_refused(tmp_path: Path) -> None:
@@ -241,7 +241,7 @@ def test_optimizer_state_of_a_parameter_that_is_not_trained_is_refused(tmp_path:
     assert loaded is not None
     other, _ = pair()
     with pytest.raises(CheckpointError, match="optimizer state of norm"):
-        restore(loaded, model=other, optimizer=torch.optim.AdamW([other.embedding.weight]), device=CPU)
+        restore(loaded, other, torch.optim.AdamW([other.embedding.weight]))
 
 
 def test_settings_survive_the_file_unchanged(tmp_path: Path) -> None:
