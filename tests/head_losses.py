@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from cache_spec.targets import HeadTargets
 from cache_spec.targets import dense as dense_meaning
+from train.loss_divergences import FORWARD_KL, Divergence
 from train.loss_targets import (
     BucketTargets,
     DenseTargets,
@@ -35,6 +36,13 @@ from train.losses import HeadLoss, head_loss
 ROWS, WIDTH, VOCAB, KEPT, TAILS, DRAWS, TEACHER_WIDTH = 23, 8, 41, 6, 4, 3, 5
 KL_SCALE, CE_SCALE = 0.7 / 19, 0.3 / 17
 FORMS = ["bucket", "renormalise", "uniform", "gold", "prototype", "residual", "points", "dense"]
+REVERSE, JS, SKEWED_JS = Divergence("reverse"), Divergence("js"), Divergence("js", 0.1)
+DIVERGENCES = [
+    *[(form, FORWARD_KL) for form in FORMS],
+    *[(form, REVERSE) for form in ("bucket", "dense")],
+    *[(form, js) for form in FORMS if form != "residual" for js in (JS, SKEWED_JS)],
+]
+"""Each form with each divergence that it has."""
 
 
 @dataclass(frozen=True)
@@ -176,33 +184,54 @@ def chunked(case: Case, *, chunk_rows: int = 7, **changed: Any) -> HeadLoss:
     return head_loss(case.hidden_ND, case.weight_VD, case.bias_V, chunk_rows=chunk_rows, **settings)
 
 
-def dense(case: Case) -> tuple[Tensor, Tensor, Tensor]:
+def dense(
+    case: Case, divergence: Divergence = FORWARD_KL, softcap: float | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """(total, KL sum with squared temperature, CE sum) by plain operations over [N, V], for autograd."""
     temperature = case.temperature
     logits_NV = F.linear(case.hidden_ND, case.weight_VD, case.bias_V)[:, : case.vocab_size]
+    if softcap is not None:
+        logits_NV = softcap * torch.tanh(logits_NV / softcap)
     log_q_NV = (logits_NV / temperature).log_softmax(dim=1)
-    if case.meaning_NV is None:
-        kl_N = _bucket_kl(case, log_q_NV)
-    else:
-        assert case.self_nats_N is not None
-        # The mass of signed targets need not be one: with logsumexp for each unit of it, -p * log(q) holds for any.
-        kl_N = case.self_nats_N - (case.meaning_NV * log_q_NV).sum(dim=1)
+    kl_N = _divergences(case, divergence, log_q_NV)
     kl_sum = temperature**2 * kl_N[case.kl_mask_N].sum()
     ce_sum = F.cross_entropy(logits_NV, case.labels_N, ignore_index=-100, reduction="sum")
     return KL_SCALE * kl_sum + CE_SCALE * ce_sum, kl_sum, ce_sum
 
 
-def _bucket_kl(case: Case, log_q_NV: Tensor) -> Tensor:
-    """From the teacher's full distribution, not from what the targets hold of it."""
+def _divergences(case: Case, divergence: Divergence, log_q_NV: Tensor) -> Tensor:
+    if case.meaning_NV is None:
+        log_p_NV, log_q_NV = _partition(case, log_q_NV)
+        p_NV = log_p_NV.exp()
+    elif divergence.kind == "forward":
+        assert case.self_nats_N is not None
+        # The mass of signed targets need not be one: with logsumexp for each unit of it, -p * log(q) holds for any.
+        return case.self_nats_N - (case.meaning_NV * log_q_NV).sum(dim=1)
+    else:
+        p_NV, log_p_NV = case.meaning_NV, case.meaning_NV.log()
+    q_NV = log_q_NV.exp()
+    if divergence.kind == "forward":
+        return (p_NV * (log_p_NV - log_q_NV)).sum(dim=1)
+    if divergence.kind == "reverse":
+        return (q_NV * (log_q_NV - log_p_NV)).sum(dim=1)
+    log_m_NV = (divergence.beta * p_NV + (1 - divergence.beta) * q_NV).log()
+    of_teacher_N = (torch.xlogy(p_NV, p_NV) - p_NV * log_m_NV).sum(dim=1)
+    return divergence.beta * of_teacher_N + (1 - divergence.beta) * (q_NV * (log_q_NV - log_m_NV)).sum(dim=1)
+
+
+def _partition(case: Case, log_q_NV: Tensor) -> tuple[Tensor, Tensor]:
+    """The teacher's full distribution, not what the targets hold of it, and the student's, on a head and a bucket."""
     assert isinstance(case.targets, BucketTargets)
     ids_NK = case.targets.ids_NK
     log_p_NV = (case.teacher_NV / case.temperature).log_softmax(dim=1)
-    log_p_NK, log_q_NK = log_p_NV.gather(1, ids_NK), log_q_NV.gather(1, ids_NK)
-    kl_N = (log_p_NK.exp() * (log_p_NK - log_q_NK)).sum(dim=1)
-    if ids_NK.shape[1] == case.vocab_size:
-        return kl_N
-    log_p_rest_N, log_q_rest_N = (x.scatter(1, ids_NK, -torch.inf).logsumexp(dim=1) for x in (log_p_NV, log_q_NV))
-    return kl_N + log_p_rest_N.exp() * (log_p_rest_N - log_q_rest_N)
+
+    def parts(log_NV: Tensor) -> Tensor:
+        log_NK = log_NV.gather(1, ids_NK)
+        if ids_NK.shape[1] == case.vocab_size:
+            return log_NK
+        return torch.cat([log_NK, log_NV.scatter(1, ids_NK, -torch.inf).logsumexp(dim=1, keepdim=True)], dim=1)
+
+    return parts(log_p_NV), parts(log_q_NV)
 
 
 def parameters(case: Case) -> list[Tensor]:
@@ -213,8 +242,15 @@ def gradients(case: Case, total: Tensor) -> list[Tensor]:
     return list(torch.autograd.grad(total, parameters(case)))
 
 
-def assert_equals_oracle(case: Case, chunk_rows: int = 7, tolerance: float = 1e-10) -> None:
-    got, want = chunked(case, chunk_rows=chunk_rows), dense(case)
+def assert_equals_oracle(
+    case: Case,
+    chunk_rows: int = 7,
+    tolerance: float = 1e-10,
+    divergence: Divergence = FORWARD_KL,
+    softcap: float | None = None,
+) -> None:
+    got = chunked(case, chunk_rows=chunk_rows, divergence=divergence, softcap=softcap)
+    want = dense(case, divergence, softcap)
     for found, wanted in zip(got, want, strict=True):
         torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance)
     for found, wanted in zip(gradients(case, got.total), gradients(case, want[0]), strict=True):

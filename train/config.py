@@ -11,6 +11,8 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from train.schedule import DEFAULT_COOLDOWN, Schedule, WeightSchedule
+
 # These may change when a run goes on: where things lie, how often something is written, and what moves only the
 # last bits of a float (the order of a sum). `precision` and `tail` are compared as what they resolve to, and of how a
 # step's blocks are cut up (`batch_blocks`, `accumulate`, the number of ranks) their product. `max_hours` may be raised.
@@ -76,6 +78,10 @@ class TrainConfig(BaseModel):
 
     temperature: float = Field(default=1.0, gt=0)
     """Temperature of the distillation loss; one of those declared in the cache."""
+    divergence: Literal["forward", "reverse", "js"] = "forward"
+    """Divergence from the teacher: KL(teacher || student), KL(student || teacher) or Jensen-Shannon between them."""
+    js_beta: float | None = Field(default=None, gt=0, lt=1)
+    """Share of the teacher in the mixture of divergence = js; default: 0.5."""
     kl_weight: float = Field(default=0.9, ge=0)
     """Weight of the divergence from the teacher's distribution."""
     ce_weight: float = Field(default=0.1, ge=0)
@@ -84,6 +90,15 @@ class TrainConfig(BaseModel):
     """Weight of one minus the cosine between pooled hidden states."""
     mse_weight: float = Field(default=0.0, ge=0)
     """Weight of the mean squared error between pooled hidden states."""
+    kl_schedule: str = "constant"
+    """What multiplies kl_weight: constant; linear:FROM:TO over the run, or linear:FROM:TO:FRACTION over the first
+    fraction of it; first:FRACTION, and nothing after; wsd, a rise over warmup and a fall over cooldown."""
+    ce_schedule: str = "constant"
+    """What multiplies ce_weight, as kl_schedule."""
+    hidden_centre: bool = False
+    """Compare pooled hidden states less their mean over each block: what all tokens share is not taught."""
+    hidden_schedule: str = "constant"
+    """What multiplies cosine_weight and mse_weight, as kl_schedule."""
     tail: Literal["prototype", "bucket", "renormalise", "uniform", "gold"] | None = None
     """What the mass outside a cached head does: follow the cache's shared distributions, fill one bucket, be dropped
     and the head rescaled, spread evenly, or go to the text's next token; default: prototype where the cache has them,
@@ -110,10 +125,13 @@ class TrainConfig(BaseModel):
 
     learning_rate: float = Field(default=6e-4, gt=0)
     """Peak learning rate of AdamW."""
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """How the learning rate falls after the warm-up: to zero along a line or a cosine, or not at all."""
+    schedule: Schedule = "linear"
+    """How the learning rate falls after the warm-up: to zero along a line or a cosine, not at all, or along a line over
+    the cooldown alone."""
     warmup: float = Field(default=0.05, ge=0, le=1)
     """Fraction of the steps over which the learning rate rises from zero."""
+    cooldown: float = Field(default=DEFAULT_COOLDOWN, gt=0, le=1)
+    """Fraction of the steps, the last ones, over which wsd falls to zero."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Weight decay of AdamW; biases and norms are spared."""
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
@@ -172,6 +190,12 @@ class TrainConfig(BaseModel):
             raise ValueError("layers must be ascending, each named once")
         return value
 
+    @field_validator("kl_schedule", "ce_schedule", "hidden_schedule")
+    @classmethod
+    def _weight_schedules_make_sense(cls, value: str) -> str:
+        WeightSchedule.parse(value)
+        return value
+
     @model_validator(mode="after")
     def _settings_fit_together(self) -> Self:
         if self.kl_weight + self.ce_weight + self.cosine_weight + self.mse_weight == 0:
@@ -180,6 +204,15 @@ class TrainConfig(BaseModel):
             raise ValueError("compile means nothing with strategy = fsdp: its layers are gathered between kernels")
         if self.evaluate_every is not None and self.evaluate_cache is None:
             raise ValueError("evaluate_every needs evaluate_cache")
+        if "wsd" in (self.schedule, self.kl_schedule, self.ce_schedule, self.hidden_schedule):
+            if self.warmup + self.cooldown > 1:
+                raise ValueError("warmup and cooldown overlap: of wsd they are at most 1 together")
+        elif self.cooldown != DEFAULT_COOLDOWN:
+            raise ValueError("cooldown means nothing where no schedule is wsd")
+        if self.js_beta is not None and self.divergence != "js":
+            raise ValueError(f"js_beta means nothing with divergence = {self.divergence}")
+        if self.hidden_centre and self.cosine_weight + self.mse_weight == 0:
+            raise ValueError("hidden_centre means nothing without cosine_weight or mse_weight")
         if self.num_layers is not None and self.layer_indices is not None:
             raise ValueError("give num_layers or layer_indices, not both")
         if self.student == "checkpoint" and self.checkpoint is None:

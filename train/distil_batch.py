@@ -7,7 +7,8 @@ Legend: B batch, T time, K kept, S residual draws, J points, W windows, D teache
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
 import numpy as np
@@ -25,11 +26,27 @@ class _Tensors:
     def to(self, device: torch.device | str) -> Self:
         """The same on a device; without waiting for it, where the tensors are pinned."""
 
-        def moved(value: Any) -> Any:
-            return value.to(device) if isinstance(value, _Tensors) else value.to(device, non_blocking=value.is_pinned())
+        def moved(part: Any) -> Any:
+            return part.to(device) if isinstance(part, _Tensors) else part.to(device, non_blocking=part.is_pinned())
 
-        parts = {field.name: getattr(self, field.name) for field in fields(self)}
-        return type(self)(**{name: None if part is None else moved(part) for name, part in parts.items()})
+        return self._with(moved)
+
+    def pin_memory(self) -> Self:
+        """The same in page-locked memory; a DataLoader asks for it by this name."""
+        return self._with(lambda part: part.pin_memory())
+
+    def joined(self, others: Sequence[Self]) -> Self:
+        """The same with all blocks of ``others`` behind its own."""
+
+        def join(part: Any, *more: Any) -> Any:
+            return part.joined(more) if isinstance(part, _Tensors) else torch.cat([part, *more])
+
+        return self._with(join, *others)
+
+    def _with(self, change: Callable[..., Any], *others: Self) -> Self:
+        names = [field.name for field in fields(self) if getattr(self, field.name) is not None]
+        parts = {name: change(*(getattr(each, name) for each in (self, *others))) for name in names}
+        return replace(self, **parts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

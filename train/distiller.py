@@ -8,7 +8,7 @@ Legend: B batch, T time, N rows (B x T), V vocabulary, D width, W windows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -19,8 +19,12 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from cache_spec.errors import BadInputError
-from train.distil_batch import DistilBatch, TermCounts
-from train.hidden_losses import cosine_sum, mse_sum, pool_windows
+from cache_spec.manifest import Manifest
+from cache_spec.reader import CacheReader
+from cache_spec.targets import Tail
+from train.distil_batch import DistilBatch, TermCounts, count_terms
+from train.hidden_losses import centred, cosine_sum, mse_sum, pool_windows
+from train.loss_divergences import FORWARD_KL, Divergence
 from train.loss_targets import NO_LABEL
 from train.losses import head_loss
 from train.teacher_targets import TeacherTargets
@@ -33,7 +37,7 @@ class LossWeights:
     """The weight of each term in the loss; each term is a mean over its own count."""
 
     kl: float
-    """Of the squared temperature times KL(teacher || student), per real token that has a target."""
+    """Of the squared temperature times the divergence from the teacher, per real token that has a target."""
     ce: float
     """Of the cross-entropy at temperature 1, per real token that has a next one."""
     cosine: float = 0.0
@@ -45,6 +49,17 @@ class LossWeights:
     def uses_hidden(self) -> bool:
         """Whether any hidden loss has weight."""
         return self.cosine > 0 or self.mse > 0
+
+
+class LogitTransform(NamedTuple):
+    """What a model does to the logits of its output head: first a factor, then a soft cap."""
+
+    scale: float = 1.0
+    cap: float | None = None
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        logits = logits * self.scale
+        return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
 
 
 class DistilOutput(NamedTuple):
@@ -72,6 +87,8 @@ class Distiller(nn.Module):
         teacher_width: D of the teacher's hidden states.
         weights: of the loss.
         window: tokens a pooled hidden state stands for; needed when a hidden loss has weight.
+        centre_hidden: whether pooled states, the student's and the teacher's, lose their mean over each block. A block
+            of one window is then left out of hidden losses.
         chunk_rows: rows of logits that exist at a time; by default what fits about 64 MiB of float32.
 
     Raises:
@@ -86,6 +103,7 @@ class Distiller(nn.Module):
         teacher_width: int,
         weights: LossWeights,
         window: int | None = None,
+        centre_hidden: bool = False,
         chunk_rows: int | None = None,
     ) -> None:
         super().__init__()
@@ -103,12 +121,44 @@ class Distiller(nn.Module):
                 hint="set both weights to 0 or cache hidden states",
             )
         self.student = student
-        self.targets, self.weights, self.window = targets, weights, window
+        self.targets, self.window, self.centre_hidden = targets, window, centre_hidden
+        self.peak_weights = weights
+        """What a schedule starts from; a hidden loss without weight here is never computed."""
+        self.weights = weights
+        """Of the next step."""
         self.chunk_rows = chunk_rows or max(1, CHUNK_BYTES // (4 * vocab_size))
+        self._transform = logit_transform(student)
         student_width = weight_VD.shape[1]
         self.projection: nn.Linear | None = None
         if weights.uses_hidden and student_width != teacher_width:
             self.projection = nn.Linear(student_width, teacher_width, bias=False, device=weight_VD.device)
+
+    @classmethod
+    def of_cache(
+        cls,
+        reader: CacheReader,
+        student: PreTrainedModel,
+        *,
+        weights: LossWeights,
+        temperature: float = 1.0,
+        tail: Tail | None = None,
+        divergence: Divergence = FORWARD_KL,
+        centre_hidden: bool = False,
+        chunk_rows: int | None = None,
+    ) -> Distiller:
+        """A student and its loss against one cache, checked to fit it; BadInputError where they do not."""
+        check_student_head(student)
+        manifest = reader.manifest
+        check_centring(manifest, centre_hidden)
+        return cls(
+            student,
+            targets=TeacherTargets.of_cache(reader, temperature=temperature, tail=tail, divergence=divergence),
+            teacher_width=manifest.teacher.hidden_size,
+            weights=weights,
+            window=manifest.hidden.window if manifest.hidden else None,
+            centre_hidden=centre_hidden,
+            chunk_rows=chunk_rows,
+        )
 
     def forward(self, batch: DistilBatch, counts: TermCounts) -> DistilOutput:
         """The loss of one micro-batch; losses of all micro-batches and ranks of a window add up to the window's loss.
@@ -123,9 +173,14 @@ class Distiller(nn.Module):
             # A tail that goes to the next token means nothing where there is none.
             kl_mask_N = kl_mask_N & (labels_N != NO_LABEL)
         weight_VD, bias_V = output_head(self.student)
+        head_hidden_BTD = hidden_BTD
+        if self._transform.scale != 1.0:
+            # A factor on logits is one on what they are made of.
+            head_hidden_BTD = hidden_BTD * self._transform.scale
+            bias_V = None if bias_V is None else bias_V * self._transform.scale
         # Called even when both scales are 0: every parameter then gets a gradient, which DDP insists on.
         head = head_loss(
-            hidden_BTD.flatten(0, 1),
+            head_hidden_BTD.flatten(0, 1),
             weight_VD,
             bias_V,
             targets=self.targets(batch.targets, labels_N),
@@ -136,6 +191,8 @@ class Distiller(nn.Module):
             ce_scale=_scale(self.weights.ce, counts.ce_tokens),
             chunk_rows=self.chunk_rows,
             vocab_size=self.targets.vocab_size,
+            divergence=self.targets.divergence,
+            softcap=self._transform.cap,
         )
         loss, cosine, mse = head.total, torch.zeros_like(head.kl_sum), torch.zeros_like(head.kl_sum)
         if self.weights.uses_hidden:
@@ -146,7 +203,14 @@ class Distiller(nn.Module):
             if self.weights.mse > 0:
                 mse = mse_sum(student_BWD, teacher_BWD, mask_BW)
                 loss = loss + _scale(self.weights.mse, counts.hidden_windows) * mse
+        elif self.projection is not None:
+            # While a schedule leaves it out, DDP still waits for its gradient.
+            loss = loss + 0.0 * self.projection.weight.sum()
         return DistilOutput(loss, head.kl_sum, head.ce_sum, cosine.detach(), mse.detach())
+
+    def counts(self, batches: Sequence[DistilBatch]) -> TermCounts:
+        """The counts of micro-batches, by which their losses add up to the loss of all; ranks add theirs first."""
+        return count_terms(torch.cat([batch.lengths_B for batch in batches]), self.window)
 
     def kl_count(self, counts: TermCounts) -> float:
         """What the divergence is divided by: positions that have a target."""
@@ -165,12 +229,31 @@ class Distiller(nn.Module):
             expected, found = tuple(student_BWD.shape), tuple(batch.hidden_BWD.shape)
             raise BadInputError("bad-shape", "hidden", expected=expected, found=found)
         # Under autocast the projection's output is low precision; sums over windows are not.
-        return student_BWD.to(torch.promote_types(student_BWD.dtype, torch.float32)), batch.hidden_BWD, mask_BW
+        student_BWD, teacher_BWD = (
+            each_BWD.to(torch.promote_types(each_BWD.dtype, torch.float32))
+            for each_BWD in (student_BWD, batch.hidden_BWD)
+        )
+        if self.centre_hidden:
+            student_BWD, teacher_BWD = centred(student_BWD, mask_BW), centred(teacher_BWD, mask_BW)
+            mask_BW = mask_BW & (mask_BW.sum(dim=1, keepdim=True) > 1)
+        return student_BWD, teacher_BWD, mask_BW
 
 
 def _scale(weight: float, count: float) -> float:
     """The factor of a term's sum; a term without anything to count is left out."""
     return weight / count if count > 0 else 0.0
+
+
+def check_centring(manifest: Manifest, centre_hidden: bool) -> None:
+    """Refuse, with BadInputError ``bad-window``, centring where a block has one window: nothing would be left of it."""
+    if centre_hidden and manifest.hidden is not None and manifest.blocks.block_tokens < 2 * manifest.hidden.window:
+        raise BadInputError(
+            "bad-window",
+            "centring of hidden states",
+            expected=f"two windows or more in a block of {manifest.blocks.block_tokens} tokens",
+            found=f"windows of {manifest.hidden.window}",
+            hint="leave hidden_centre out",
+        )
 
 
 def shift_labels(input_ids_BT: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor]:
@@ -206,12 +289,22 @@ def output_head(student: PreTrainedModel) -> tuple[Tensor, Tensor | None]:
     return weight_VD, getattr(head, "bias", None)
 
 
-@torch.no_grad()
-def check_student_head(student: PreTrainedModel) -> None:
-    """Refuse a student whose logits are more than a linear map of its base model's last hidden state.
+def logit_transform(student: PreTrainedModel) -> LogitTransform:
+    """What the model's config says of its logits; ``check_student_head`` finds out whether that is so."""
+    config: Any = student.config.get_text_config()
+    factor, divisor = getattr(config, "logit_scale", None), getattr(config, "logits_scaling", None)
+    scale = (1.0 if factor is None else float(factor)) / (1.0 if divisor is None else float(divisor))
+    cap = getattr(config, "final_logit_softcapping", None)
+    return LogitTransform(scale, None if cap is None else float(cap))
 
-    Soft-capping and scaling of logits, or a transform before the head, would be left out of the loss. On a few random
-    tokens, the head's output is replaced by a large one, so that even soft-capping of a new model's small logits shows.
+
+@torch.no_grad()
+def check_student_head(student: PreTrainedModel, *, linear: bool = False) -> None:
+    """Refuse a student whose logits are not those that the loss computes from its base model's last hidden state.
+
+    That is a linear map, which may be scaled and soft-capped as the config says, or not where ``linear`` is asked for.
+    A transform before the head would be left out of the loss. On a few random tokens, the head's output is replaced by
+    a large one, so that even soft-capping of a new model's small logits shows.
 
     Raises:
         BadInputError: ``unsupported-head``.
@@ -240,7 +333,11 @@ def check_student_head(student: PreTrainedModel) -> None:
         finally:
             hook.remove()
     # A head that is not called as a module is compared by its result alone.
-    pairs = [(expected_BTV, raw[0]), (replaced[0], logits_BTV)] if raw else [(expected_BTV, logits_BTV)]
+    transform = LogitTransform() if linear else logit_transform(student)
+    if raw:
+        pairs = [(expected_BTV, raw[0]), (transform(replaced[0].float()), logits_BTV)]
+    else:
+        pairs = [(transform(expected_BTV.float()), logits_BTV)]
     for wanted, found in pairs:
         _compare(name, wanted.float(), found.float(), tolerance=max(1e-4, 4 * torch.finfo(weight_VD.dtype).eps))
 
@@ -253,9 +350,9 @@ def _compare(name: str, wanted: Tensor, found: Tensor, *, tolerance: float) -> N
         raise BadInputError(
             "unsupported-head",
             name,
-            expected="logits that are a linear map of the base model's last hidden state",
+            expected="logits that are a linear map of the last hidden state, scaled and capped as configured",
             found=f"a relative difference of {error:.1e}",
-            hint="students that cap or scale their logits, or transform them before the head, cannot be trained",
+            hint="students that do more to their states before the head, or to their logits, cannot be trained",
         )
 
 

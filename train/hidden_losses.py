@@ -29,6 +29,17 @@ def pool_windows(hidden_BTD: Tensor, lengths_B: Tensor, window: int) -> tuple[Te
     return sum_BWD / num_real_BW1.clamp(min=1), num_real_BW1.squeeze(2) > 0
 
 
+def centred(pooled_BWD: Tensor, mask_BW: Tensor) -> Tensor:
+    """Pooled states less their mean over each block's masked windows; what is not masked is zero.
+
+    A block's own mean depends on no other block, so it is the same however blocks are spread over batches and ranks.
+    """
+    mask_BW1 = mask_BW.unsqueeze(2)
+    kept_BWD = torch.where(mask_BW1, pooled_BWD, 0.0)
+    mean_B1D = kept_BWD.sum(dim=1, keepdim=True) / mask_BW1.sum(dim=1, keepdim=True).clamp(min=1)
+    return torch.where(mask_BW1, kept_BWD - mean_B1D, 0.0)
+
+
 def cosine_sum(student_BWD: Tensor, teacher_BWD: Tensor, mask_BW: Tensor) -> Tensor:
     """Sum over the masked windows of 1 - cos: ``(1 - F.cosine_similarity(s, t, dim=-1))[mask].sum()``."""
     cosine_BW = F.cosine_similarity(student_BWD, teacher_BWD.to(student_BWD.dtype), dim=-1)

@@ -103,7 +103,7 @@ def _take_steps(run: Run, held_out: HeldOut | None, *, quiet: bool) -> None:
         window_shards=config.window_shards,
         draws_per_step=config.draws_per_step,
         rank=run.ranks.rank,
-        with_hidden=run.distiller.weights.uses_hidden,
+        with_hidden=run.distiller.peak_weights.uses_hidden,
         pin_memory=run.device.type == "cuda",
     )
     with contextlib.ExitStack() as stack:

@@ -1,6 +1,6 @@
 """The head loss of one chunk of rows: logits and what they are pulled to come in, sums and a gradient go out.
 
-Legend: C rows of the chunk, V vocabulary, K kept, J points, 1 a trailing axis of one.
+Legend: C rows of the chunk, V vocabulary, K kept, M the kept and their bucket, J points, 1 a trailing axis of one.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from train.loss_divergences import FORWARD_KL, Divergence, Pulls, jensen_shannon, reverse_kl
 from train.loss_targets import NO_LABEL, BucketTargets, LinearTargets
 
 
@@ -33,6 +34,7 @@ class Pull(NamedTuple):
     """Scale of the divergence; 0 leaves it out."""
     relative_ce: float
     wants_gradient: bool
+    divergence: Divergence = FORWARD_KL
 
 
 class ChunkTerms(NamedTuple):
@@ -102,14 +104,28 @@ def softmax_(logits_CV: Tensor) -> Tensor:
     return peak_C1 - logits_CV.amax(dim=1, keepdim=True).log()
 
 
+def softcap_(logits_CV: Tensor, cap: float) -> Tensor:
+    """Bend logits to ``cap * tanh(logits / cap)`` in place, and return the derivative of that."""
+    torch.tanh(logits_CV.div_(cap), out=logits_CV)
+    slope_CV = logits_CV.square().neg_().add_(1.0)
+    logits_CV.mul_(cap)
+    return slope_CV
+
+
 def _divergence(scaled_CV: Tensor, pull: Pull, weights: _Weights) -> _Divergence:
-    targets = pull.targets
+    targets, forward = pull.targets, pull.divergence.kind == "forward"
     if isinstance(targets, BucketTargets):
-        return _to_bucket(scaled_CV, targets, pull, weights)
+        to_bucket = _to_bucket if forward else _to_bucket_otherwise
+        return to_bucket(scaled_CV, targets, pull, weights)
     if isinstance(targets, LinearTargets):
-        return _to_linear(scaled_CV, targets, pull, weights)
+        if forward:
+            return _to_linear(scaled_CV, targets, pull, weights)
+        logsumexp_C1 = softmax_(scaled_CV)
+        pulls = jensen_shannon(_dense_rows(targets, pull, scaled_CV), scaled_CV, pull.divergence.beta)
+        return _pulled(scaled_CV, pulls, logsumexp_C1, pull, weights)
     assert targets is not None
-    return _to_dense(scaled_CV, targets.logits_CV, pull, weights)
+    to_dense = _to_dense if forward else _to_dense_otherwise
+    return to_dense(scaled_CV, targets.logits_CV, pull, weights)
 
 
 def _to_bucket(scaled_CV: Tensor, targets: BucketTargets, pull: Pull, weights: _Weights) -> _Divergence:
@@ -163,3 +179,59 @@ def _to_dense(scaled_CV: Tensor, teacher_CV: Tensor, pull: Pull, weights: _Weigh
         return _Divergence(kl_C, logsumexp_C1, None)
     grad_CV = scaled_CV.mul_(weights.kl_C1 + weights.ce_C1).addcmul_(p_CV, weights.kl_C1, value=-1)
     return _Divergence(kl_C, logsumexp_C1, grad_CV)
+
+
+def _to_bucket_otherwise(scaled_CV: Tensor, targets: BucketTargets, pull: Pull, weights: _Weights) -> _Divergence:
+    ids_CK, mask_C1 = targets.ids_NK, pull.kl_mask_C.unsqueeze(1)
+    log_p_CM = torch.where(mask_C1, torch.cat([targets.log_probs_NK, targets.log_rest_N.unsqueeze(1)], dim=1), 0.0)
+    # A head token that was rounded to nothing is one of the others.
+    named_CK = log_p_CM[:, :-1] > -torch.inf
+    scaled_CK = scaled_CV.gather(1, ids_CK)
+    logsumexp_C1 = softmax_(scaled_CV)
+    q_CK = scaled_CV.gather(1, ids_CK)
+    rest_C1 = scaled_CV.scatter_(1, ids_CK, torch.where(named_CK, 0.0, q_CK)).sum(dim=1, keepdim=True)
+    rest_C1 = rest_C1.clamp(min=torch.finfo(rest_C1.dtype).tiny)
+    q_CM = torch.cat([torch.where(named_CK, q_CK, 0.0), rest_C1], dim=1)
+    if pull.divergence.kind == "reverse":
+        log_q_CM = torch.cat([scaled_CK - logsumexp_C1, rest_C1.log()], dim=1)
+        value_C, pull_CM = reverse_kl(log_p_CM, log_q_CM, q_CM)
+    else:
+        value_C, pull_CM = jensen_shannon(log_p_CM.exp(), q_CM, pull.divergence.beta)
+    if not pull.wants_gradient:
+        return _Divergence(value_C, logsumexp_C1, None)
+    common_C1 = weights.ce_C1 - weights.kl_C1 * pull_CM.sum(dim=1, keepdim=True)
+    per_rest_C1 = weights.kl_C1 * pull_CM[:, -1:] / rest_C1 + common_C1
+    named_grad_CK = weights.kl_C1 * pull_CM[:, :-1] + common_C1 * q_CK
+    head_grad_CK = torch.where(named_CK, named_grad_CK, per_rest_C1 * q_CK)
+    return _Divergence(value_C, logsumexp_C1, scaled_CV.mul_(per_rest_C1).scatter_(1, ids_CK, head_grad_CK))
+
+
+def _dense_rows(targets: LinearTargets, pull: Pull, like_CV: Tensor) -> Tensor:
+    """What linear targets say of each token [C, V]; what rounding left below zero is zero."""
+    mask_C1 = pull.kl_mask_C.unsqueeze(1)
+    if targets.shared is None:
+        p_CV = torch.zeros_like(like_CV)
+    else:
+        weight_C1 = torch.where(mask_C1, targets.shared.weight_N.unsqueeze(1), 0.0)
+        p_CV = targets.shared.tails.probs_CV[targets.shared.tail_N].to(like_CV.dtype).mul_(weight_C1)
+    return p_CV.scatter_add_(1, targets.ids_NJ, torch.where(mask_C1, targets.weights_NJ, 0.0)).clamp_(min=0.0)
+
+
+def _to_dense_otherwise(scaled_CV: Tensor, teacher_CV: Tensor, pull: Pull, weights: _Weights) -> _Divergence:
+    if pull.divergence.kind == "js":
+        logsumexp_C1 = softmax_(scaled_CV)
+        pulls = jensen_shannon(torch.softmax(teacher_CV, dim=1, out=teacher_CV), scaled_CV, pull.divergence.beta)
+        return _pulled(scaled_CV, pulls, logsumexp_C1, pull, weights)
+    log_p_CV = torch.log_softmax(teacher_CV, dim=1, out=teacher_CV)
+    log_q_CV = scaled_CV.clone()
+    logsumexp_C1 = softmax_(scaled_CV)
+    pulls = reverse_kl(log_p_CV, log_q_CV.sub_(logsumexp_C1), scaled_CV)
+    return _pulled(scaled_CV, pulls, logsumexp_C1, pull, weights)
+
+
+def _pulled(q_CV: Tensor, pulls: Pulls, logsumexp_C1: Tensor, pull: Pull, weights: _Weights) -> _Divergence:
+    if not pull.wants_gradient:
+        return _Divergence(pulls.value_C, logsumexp_C1, None)
+    common_C1 = weights.ce_C1 - weights.kl_C1 * pulls.pull_CM.sum(dim=1, keepdim=True)
+    grad_CV = q_CV.mul_(common_C1).addcmul_(pulls.pull_CM, weights.kl_C1)
+    return _Divergence(pulls.value_C, logsumexp_C1, grad_CV)

@@ -19,7 +19,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from cache_spec.errors import BadInputError
-from train.loss_chunks import Pull, TeacherLogits, chunk_terms
+from train.loss_chunks import Pull, TeacherLogits, chunk_terms, softcap_
+from train.loss_divergences import FORWARD_KL, Divergence
 from train.loss_shared import SharedLogits
 from train.loss_targets import (
     NO_LABEL,
@@ -39,7 +40,7 @@ class HeadLoss(NamedTuple):
     total: Tensor
     """Differentiable: kl_scale * kl_sum + ce_scale * ce_sum."""
     kl_sum: Tensor
-    """Detached: squared temperature times the sum of KL over the masked rows, nats (0 if kl_scale is 0)."""
+    """Detached: squared temperature times the sum of the divergence over the masked rows, nats (0 if kl_scale is 0)."""
     ce_sum: Tensor
     """Detached: the sum of cross-entropy at temperature 1 over the labelled rows, nats (0 if ce_scale is 0)."""
 
@@ -51,6 +52,8 @@ class _Settings:
     ce_scale: float
     chunk_rows: int
     vocab_size: int
+    divergence: Divergence
+    softcap: float | None
     wants_gradient: bool
 
     @property
@@ -105,6 +108,8 @@ def head_loss(
     ce_scale: float,
     chunk_rows: int,
     vocab_size: int | None = None,
+    divergence: Divergence = FORWARD_KL,
+    softcap: float | None = None,
 ) -> HeadLoss:
     """Distil a teacher's targets, and next-token labels, into an output head, ``chunk_rows`` rows at a time.
 
@@ -113,14 +118,18 @@ def head_loss(
         total = kl_scale * T**2 * sum(kl[mask]) + ce_scale * F.cross_entropy(z, labels, reduction="sum")
 
     For ``BucketTargets`` the sum is over the head and one bucket of all other tokens. Of ``LinearTargets``, whose
-    weights may be negative, p * log(p) is what ``self_nats_N`` says. ``labels_N`` is int64 with -100 where there is
+    weights may be negative, p * log(p) is what ``self_nats_N`` says. ``divergence`` puts another in the place of kl:
+    ``js`` of ``LinearTargets`` makes them dense for a chunk and needs targets that are distributions; ``reverse`` does
+    not take them, whose zeros would make it infinite. With a ``softcap`` z is softcap * tanh(z / softcap) of that; the
+    mean logit under a shared distribution is then no dot product of states, and costs passes over the vocabulary.
+    ``labels_N`` is int64 with -100 where there is
     none; ``kl_mask_N`` is bool. Rows with neither are not computed, nor is a term whose scale is 0. Matrix products of
     rows (the teacher's in ``DenseTargets`` too) run in the inputs' dtype or autocast's, everything else in float32, or
     in float64 for float64 inputs. The gradient is computed in the forward pass, so it cannot be differentiated again.
     Where the student gives the whole bucket less than the smallest float32, the bucket's gradient is zero.
 
     Raises:
-        BadInputError: mismatched shapes, an id outside the vocabulary, a bad temperature, scale or chunk.
+        BadInputError: mismatched shapes, an id outside the vocabulary, a bad temperature, scale, divergence or chunk.
     """
     settings = _Settings(
         temperature=temperature,
@@ -128,9 +137,11 @@ def head_loss(
         ce_scale=ce_scale,
         chunk_rows=chunk_rows,
         vocab_size=weight_VD.shape[0] if vocab_size is None else vocab_size,
+        divergence=divergence,
+        softcap=softcap,
         wants_gradient=torch.is_grad_enabled(),
     )
-    _check_settings(settings)
+    _check_settings(settings, targets)
     _check_inputs(hidden_ND, weight_VD, bias_V, targets, labels_N, kl_mask_N, settings.vocab_size)
     inputs = (hidden_ND, weight_VD, bias_V, targets, labels_N, kl_mask_N, settings)
     return HeadLoss(*_HeadLossFunction.apply(*inputs))  # type: ignore[no-untyped-call]
@@ -216,8 +227,9 @@ def _run_chunks(
         active_N |= labels_N != NO_LABEL
     active_rows = active_N.nonzero().squeeze(1)
     shared, teacher = None, None
-    if relative_kl > 0 and isinstance(targets, LinearTargets) and targets.shared is not None:
-        shared = SharedLogits(targets.shared, active_rows, *head.to(wide), settings.chunk_rows)
+    part = targets.shared if isinstance(targets, LinearTargets) and settings.divergence.kind == "forward" else None
+    if relative_kl > 0 and part is not None and settings.softcap is None:
+        shared = SharedLogits(part, active_rows, *head.to(wide), settings.chunk_rows)
     if relative_kl > 0 and isinstance(targets, DenseTargets):
         teacher = _Head(targets.weight_VD, targets.bias_V).to(dtype)
     head = head.to(dtype)
@@ -226,19 +238,33 @@ def _run_chunks(
         rows_C = active_rows[start : start + settings.chunk_rows]
         hidden_CD, mask_C = hidden_ND[rows_C].to(dtype), kl_mask_N[rows_C]
         wide_CD = hidden_CD.to(wide)
+        logits_CV = head.logits(hidden_CD).to(wide)
+        slope_CV, tail_CV, shared_logit_C = None, None, None
+        if settings.softcap is not None:
+            slope_CV = softcap_(logits_CV, settings.softcap)
+        if shared is not None:
+            shared_logit_C = shared.logits(rows_C, wide_CD)
+        elif relative_kl > 0 and part is not None:
+            tail_CV = part.tails.probs_CV[part.tail_N[rows_C]].to(wide)
+            shared_logit_C = torch.einsum("cv,cv->c", tail_CV, logits_CV)
         pull = Pull(
             targets=_rows(targets, teacher, rows_C, mask_C, settings.temperature, wide),
-            shared_logit_C=None if shared is None else shared.logits(rows_C, wide_CD),
+            shared_logit_C=shared_logit_C,
             labels_C=labels_N[rows_C],
             kl_mask_C=mask_C,
             temperature=settings.temperature,
             relative_kl=relative_kl,
             relative_ce=relative_ce,
             wants_gradient=wants_gradient,
+            divergence=settings.divergence,
         )
-        terms = chunk_terms(head.logits(hidden_CD).to(wide), pull)
+        terms = chunk_terms(logits_CV, pull)
         kl_sum += terms.kl_sum
         ce_sum += terms.ce_sum
+        if terms.grad_CV is not None and tail_CV is not None and terms.shared_scale_C is not None:
+            terms.grad_CV.addcmul_(tail_CV, terms.shared_scale_C.unsqueeze(1))
+        if terms.grad_CV is not None and slope_CV is not None:
+            terms.grad_CV.mul_(slope_CV)
         if terms.grad_CV is not None:
             gradients.add(rows_C, terms.grad_CV, hidden_CD, head.weight_VD)
         if terms.grad_CV is not None and shared is not None and terms.shared_scale_C is not None:
@@ -269,13 +295,19 @@ def _rows(
     return TeacherLogits(logits_CV if temperature == 1.0 else logits_CV.div_(temperature))
 
 
-def _check_settings(settings: _Settings) -> None:
+def _check_settings(settings: _Settings, targets: HeadLossTargets) -> None:
+    settings.divergence.check()
+    if settings.divergence.kind == "reverse" and isinstance(targets, LinearTargets):
+        expected = "a head and a bucket, or a teacher's hidden states"
+        raise BadInputError("bad-divergence", "divergence reverse", expected=expected, found="targets with zeros")
     scales = (settings.kl_scale, settings.ce_scale)
     if not math.isfinite(settings.temperature) or settings.temperature <= 0:
         raise BadInputError("bad-temperature", "temperature", expected="a number above 0", found=settings.temperature)
     if not all(math.isfinite(scale) and scale >= 0 for scale in scales):
         found = f"kl {settings.kl_scale}, ce {settings.ce_scale}"
         raise BadInputError("bad-loss-weight", "loss weights", expected="numbers of at least 0", found=found)
+    if settings.softcap is not None and not 0 < settings.softcap < math.inf:
+        raise BadInputError("bad-softcap", "softcap", expected="a number above 0, or None", found=settings.softcap)
     if settings.chunk_rows < 1:
         raise BadInputError("bad-chunk-rows", "chunk_rows", expected="at least 1", found=settings.chunk_rows)
 

@@ -46,8 +46,6 @@ def wrap(distiller: Distiller, ranks: Ranks, strategy: Strategy, device: torch.d
         **options,
         init_sync=False,
         gradient_as_bucket_view=True,
-        # A hidden loss whose weight falls to zero leaves its projection out of a pass.
-        find_unused_parameters=distiller.projection is not None,
     )
 
 

@@ -30,14 +30,15 @@ from train.checkpoint import (
     take_snapshot,
 )
 from train.config import TrainConfig
-from train.distiller import Distiller, LossWeights, check_student_head
+from train.distiller import Distiller, LossWeights, check_centring, check_student_head
+from train.loss_divergences import Divergence
 from train.parallel import is_slice, whole, wrap
 from train.ranks import Ranks
 from train.redraw import check_draws
 from train.run_folder import CHECKPOINTS_NAME, rebuild_student, save_student_config, set_dropout, write_run
 from train.student import StudentBuild, build_student
 from train.student_modes import set_modes
-from train.teacher_targets import TeacherTargets, pick_tail
+from train.teacher_targets import check_divergence, pick_tail
 
 logger = logging.getLogger("kdpipe")
 
@@ -192,13 +193,14 @@ def build_distiller(
     config: TrainConfig, reader: CacheReader, weights: LossWeights, student: PreTrainedModel, device: torch.device
 ) -> Distiller:
     """Return student and loss as one module on ``device``, in training mode, with frozen what stays as it is."""
-    manifest = reader.manifest
-    distiller = Distiller(
+    distiller = Distiller.of_cache(
+        reader,
         student,
-        targets=TeacherTargets.of_cache(reader, temperature=config.temperature, tail=pick_tail(config.tail, manifest)),
-        teacher_width=manifest.teacher.hidden_size,
         weights=weights,
-        window=manifest.hidden.window if manifest.hidden else None,
+        temperature=config.temperature,
+        tail=config.tail,
+        divergence=Divergence(config.divergence, 0.5 if config.js_beta is None else config.js_beta),
+        centre_hidden=config.hidden_centre,
         chunk_rows=config.chunk_rows,
     ).to(device)
     if config.freeze_position_embeddings:
@@ -283,6 +285,8 @@ def loss_weights(config: TrainConfig, reader: CacheReader) -> LossWeights:
     """Check that the cache has what the loss asks for."""
     reader.manifest.temperature_index(config.temperature)
     check_draws(config.draws_per_step, reader.manifest)
+    check_divergence(config.divergence, pick_tail(config.tail, reader.manifest), reader.manifest)
+    check_centring(reader.manifest, config.hidden_centre)
     weights = LossWeights(kl=config.kl_weight, ce=config.ce_weight, cosine=config.cosine_weight, mse=config.mse_weight)
     if weights.uses_hidden and reader.manifest.hidden is None:
         raise BadInputError(

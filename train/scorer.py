@@ -164,7 +164,7 @@ def load_scorer(source: FoundModel, manifest: Manifest | None, device: torch.dev
     _check_reads_left_to_right(source.name, model, device)
     head: tuple[Tensor, Tensor | None] | None = None
     try:
-        check_student_head(model)
+        check_student_head(model, linear=True)
         bias_V = None if bias_V is None else bias_V[: source.vocab_size].float()
         head = weight_VD[: source.vocab_size].float(), bias_V
     except BadInputError:

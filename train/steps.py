@@ -25,7 +25,7 @@ from train.order import IndexArray
 from train.parallel import one_pass, whole
 from train.ranks import Ranks
 from train.run import Run, autocast
-from train.schedule import learning_rate
+from train.schedule import learning_rate, scheduled_weights, weights_at
 from train.student_modes import compiling
 
 _GO_ON, _STOP, _FAIL = range(3)
@@ -40,6 +40,8 @@ class Outcome:
     loss: float
     terms: dict[str, float]
     """Mean of each term that has weight, over what it counts."""
+    weights: dict[str, float]
+    """Of those terms whose weight follows a schedule."""
     grad_norm: float
     tokens: int
 
@@ -56,6 +58,7 @@ class Outcome:
             "lr": self.learning_rate,
             "loss": self.loss,
             **self.terms,
+            **self.weights,
             "grad_norm": self.grad_norm,
         }
 
@@ -96,13 +99,14 @@ def take_step(run: Run, batches: Iterator[MicroBatch], interrupts: Interrupts, c
         learning_rate=rate,
         loss=values[0],
         terms=_terms(run.distiller, values[1:5], counts),
+        weights=scheduled_weights(config, run.distiller.weights),
         grad_norm=values[-1],
         tokens=int(counts.kl_tokens),
     )
 
 
 def set_schedules(run: Run) -> float:
-    """Give the optimizer the step's learning rate, and return it."""
+    """Set the step's learning rate and loss weights; returns the rate."""
     config = run.config
     total_steps = run.plan.total_steps
     step = schedule_step(run.position.step, total_steps, seconds=run.position.seconds, max_hours=config.max_hours)
@@ -112,7 +116,9 @@ def set_schedules(run: Run) -> float:
         peak=config.learning_rate,
         schedule=config.schedule,
         warmup=config.warmup,
+        cooldown=config.cooldown,
     )
+    run.distiller.weights = weights_at(config, run.distiller.peak_weights, step, total_steps)
     for group in run.optimizer.param_groups:
         group["lr"] = rate
     return rate

@@ -7,15 +7,19 @@ Legend: B batch, T time, N rows (B x T), V vocabulary, C prototypes, D teacher w
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
-from cache_spec.encodings.topk import Head
+from cache_spec.encodings.prototype import Prototype
+from cache_spec.encodings.topk import LEAST_LEVEL, Head
 from cache_spec.errors import BadInputError
 from cache_spec.manifest import Manifest
 from cache_spec.reader import CacheReader
 from cache_spec.targets import Tail
 from train.distil_batch import HeadTensors, PointTensors, StoredTensors, from_numpy
+from train.loss_divergences import FORWARD_KL, Divergence, DivergenceKind
 from train.loss_targets import (
     DenseTargets,
     HeadLossTargets,
@@ -40,6 +44,7 @@ class TeacherTargets(nn.Module):
         temperature: of the loss.
         vocab_size: V, the teacher's real vocabulary.
         tail: what becomes of the mass outside a head; None where the cache has no heads.
+        divergence: of the loss.
         prototypes_CV: the shared tail distributions at the temperature, for ``tail="prototype"``.
         output_head: the teacher's weight [V, D] and bias [V] or None, for hidden states.
     """
@@ -50,11 +55,13 @@ class TeacherTargets(nn.Module):
         temperature: float,
         vocab_size: int,
         tail: Tail | None,
+        divergence: Divergence = FORWARD_KL,
         prototypes_CV: Tensor | None = None,
         output_head: tuple[Tensor, Tensor | None] | None = None,
     ) -> None:
         super().__init__()
         self.temperature, self.vocab_size, self.tail = temperature, vocab_size, tail
+        self.divergence = divergence
         tails = uniform_tail(vocab_size) if tail == "uniform" else None
         if prototypes_CV is not None:
             tails = shared_tails(prototypes_CV)
@@ -72,10 +79,18 @@ class TeacherTargets(nn.Module):
             self.register_buffer(name, table, persistent=False)
 
     @classmethod
-    def of_cache(cls, reader: CacheReader, *, temperature: float, tail: Tail | None) -> TeacherTargets:
-        """Load what the cache holds for this temperature; BadInputError for a temperature that it does not serve."""
+    def of_cache(
+        cls, reader: CacheReader, *, temperature: float, tail: Tail | None, divergence: Divergence = FORWARD_KL
+    ) -> TeacherTargets:
+        """Load what the cache holds for this temperature; a ``tail`` of None is the best that the cache has.
+
+        Raises BadInputError for a temperature, tail or divergence that it does not serve.
+        """
         manifest = reader.manifest
         manifest.temperature_index(temperature)
+        tail = pick_tail(tail, manifest)
+        divergence.check()
+        check_divergence(divergence.kind, tail, manifest)
         head: tuple[Tensor, Tensor | None] | None = None
         if "output_head" in manifest.tables:
             weight_VD, bias_V = reader.output_head()
@@ -84,6 +99,7 @@ class TeacherTargets(nn.Module):
             temperature=temperature,
             vocab_size=manifest.teacher.vocab_size,
             tail=tail,
+            divergence=divergence,
             prototypes_CV=from_numpy(reader.prototypes(temperature)) if tail == "prototype" else None,
             output_head=head,
         )
@@ -106,6 +122,10 @@ class TeacherTargets(nn.Module):
             stored.ids_BTK.flatten(0, 1).long(), stored.logprobs_BTK.flatten(0, 1), stored.tail_log_odds_BT.flatten()
         )
         if self.tail == "bucket":
+            if self.divergence.kind != "forward":
+                # Such tokens are not that unlikely, only not worth a level: they belong to the others.
+                rounded_away_NK = head.logprobs_NK <= 2 * math.log(LEAST_LEVEL)
+                head = head._replace(logprobs_NK=head.logprobs_NK.masked_fill(rounded_away_NK, -torch.inf))
             return bucket(head, self.temperature)
         if self.tail == "renormalise":
             return renormalised(head, self.temperature)
@@ -121,6 +141,36 @@ class TeacherTargets(nn.Module):
         if stored.residual_ids_BTS is not None and stored.residual_weights_BTS is not None:
             residual = stored.residual_ids_BTS.flatten(0, 1).long(), stored.residual_weights_BTS.flatten(0, 1)
         return spread(head, self.temperature, tails, stored.prototype_BT.flatten().long(), residual)
+
+
+def check_divergence(kind: DivergenceKind, tail: Tail | None, manifest: Manifest) -> None:
+    """Refuse, with BadInputError ``unsupported-divergence``, one that the cache's targets have no right value for.
+
+    Forward KL is linear in the teacher's probabilities, so targets that are right on average teach the right thing;
+    the others are not. Reverse KL needs a probability above zero of every outcome, and a good one: it is ruled by
+    what the teacher finds unlikely, where shared tails and a head's rounded last tokens know least.
+    """
+    if kind == "forward":
+        return
+    encoding = manifest.encoding
+    reason: str | None = None
+    if tail is None and encoding.name != "hidden":
+        reason = f"encoding {encoding.name} draws its tokens at random, which is right on average in forward KL alone"
+    elif tail == "prototype" and isinstance(encoding, Prototype) and encoding.residual_draws:
+        reason = "residual draws are right on average in forward KL alone"
+    elif tail == "gold":
+        reason = "a tail on the next token is right on average in forward KL alone"
+    elif kind == "reverse" and tail == "renormalise":
+        reason = "tokens outside the head have probability 0, of which reverse KL is infinite"
+    elif kind == "reverse" and tail in ("prototype", "uniform"):
+        reason = "reverse KL needs the probability of each unlikely token, which a spread tail does not know"
+    if reason is not None:
+        raise BadInputError(
+            "unsupported-divergence",
+            f"divergence {kind} with " + (f"tail {tail}" if tail else f"encoding {encoding.name}"),
+            found=reason,
+            hint="use divergence forward" + (", or tail bucket" if tail else ""),
+        )
 
 
 def pick_tail(asked: Tail | None, manifest: Manifest) -> Tail | None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import faults, memory, quantisation, teacher
+from benchmarks import faults, faults_training, memory, quantisation, teacher
 from cache_spec.encodings.topk import TopK
 from pipeline import cli
 from tests.synthetic import make_manifest, make_rows, write_cache
@@ -31,6 +31,16 @@ def test_the_fault_campaign_counts_kills_and_changes(
     report = run(faults, capsys, monkeypatch, "--kills", 1, "--changes", 6, "--tokens", 2048)
     assert (report["kill"]["kills"], report["kill"]["different_after_resume"]) == (1, 0)
     assert report["change"] == {"changes": 6, "detected": 6, "missed": []}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_the_fault_campaign_of_trainings_kills_and_compares(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = run(faults_training, capsys, monkeypatch, "--kills", 2, "--options", "--max-steps 4")
+    assert (report["kills"], report["resume_failed"], report["different_at_the_end"]) == (2, 0, 0)
+    assert report["runs"] >= 1
 
 
 @pytest.mark.slow

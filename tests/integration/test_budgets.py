@@ -141,7 +141,19 @@ def test_evaluation_changes_nothing_and_is_what_evaluate_says_of_the_student(
     measured = evaluate_models(asked, quiet=True)[0]["cache"]
     last = {"loss": "loss_nats", "kl": "kl_to_teacher", "agreement": "agreement", "ece": "ece"}
     assert result["evaluation"] == pytest.approx({name: measured[key] for name, key in last.items()}, rel=1e-6)
-    assert "## Evaluation on held-out text" in (settings["out"] / "student" / "README.md").read_text()
+    card = (settings["out"] / "student" / "README.md").read_text()
+    manifest = CacheReader.open(settings["cache"]).manifest
+    assert "## Evaluation on held-out text" in card
+    for name, value in {
+        "teacher": manifest.teacher.name,
+        "cache fingerprint": manifest.fingerprint,
+        "encoding": manifest.encoding.name,
+        "temperature": "2",
+        "kl_weight": "0.9",
+        "cosine_weight": "0.5",
+        "kl": f"{result['evaluation']['kl']:.6g}",
+    }.items():
+        assert f"\n| {name} | {value}" in card
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(settings["out"] / "tensorboard"))

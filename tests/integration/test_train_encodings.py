@@ -30,7 +30,7 @@ def caches(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: make_cache(tmp_path_factory.mktemp("caches") / name, name) for name in ENCODINGS}
 
 
-def make_cache(folder: Path, name: str) -> Path:
+def make_cache(folder: Path, name: str, *, window: int = 4) -> Path:
     config = GPT2Config(
         vocab_size=VOCABULARY, n_positions=16, n_embd=WIDTH, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0
     )
@@ -46,6 +46,7 @@ def make_cache(folder: Path, name: str) -> Path:
         vocab_size=VOCABULARY,
         hidden_size=WIDTH,
         encoding=ENCODINGS[name],
+        window=window,
     )
     files = {
         str(path.relative_to(folder)): sha256_hex(path.read_bytes()) for path in folder.rglob("*") if path.is_file()
@@ -90,6 +91,35 @@ def test_a_student_learns_from_every_encoding_and_is_evaluated_against_it(
     assert 0 <= figures["ece"] <= 1
 
 
+def test_weights_follow_their_schedules_and_are_logged(caches: dict[str, Path], tmp_path: Path) -> None:
+    changed = {"kl_schedule": "linear:1:0:0.5", "ce_schedule": "linear:0:2", "hidden_schedule": "first:0.5"}
+    config = settings(caches["topk"], tmp_path / "run", max_steps=4, cosine_weight=0.5, schedule="wsd", **changed)
+    train(config, quiet=True)
+    logged = lines(tmp_path / "run")
+    assert [line["kl_weight"] for line in logged] == pytest.approx([0.9, 0, 0, 0])
+    assert [line["ce_weight"] for line in logged] == pytest.approx([0, 0.2 / 3, 0.4 / 3, 0.2])
+    assert [line["cosine_weight"] for line in logged] == [0.5, 0.5, 0, 0]
+    assert [{"kl", "ce", "cosine"} & set(line) for line in logged] == [
+        {"kl", "cosine"},
+        {"ce", "cosine"},
+        {"ce"},
+        {"ce"},
+    ]
+    for line in logged:
+        loss = sum(line[f"{name}_weight"] * line.get(name, 0.0) for name in ("kl", "ce", "cosine"))
+        assert line["loss"] == pytest.approx(loss, rel=1e-5)
+
+
+def test_centred_hidden_losses_train_and_need_two_windows(caches: dict[str, Path], tmp_path: Path) -> None:
+    config = settings(caches["topk"], tmp_path / "run", hidden_centre=True, mse_weight=1.0, cosine_weight=0.5)
+    result = train(config, quiet=True)
+    assert result["last_step"]["mse"] < lines(tmp_path / "run")[0]["mse"]
+    wide = make_cache(tmp_path / "cache", "topk", window=TOKENS)
+    config = settings(wide, tmp_path / "other", hidden_centre=True, mse_weight=1.0)
+    refused("bad-window", train, config, quiet=True)
+    assert not (tmp_path / "other").exists()
+
+
 @pytest.mark.parametrize("tail", ["bucket", "renormalise", "uniform", "gold", "prototype"])
 def test_every_treatment_of_the_tail_trains_and_is_written_down(
     caches: dict[str, Path], tmp_path: Path, tail: str
@@ -97,6 +127,49 @@ def test_every_treatment_of_the_tail_trains_and_is_written_down(
     train(settings(caches["prototype"], tmp_path / "run", tail=tail, max_steps=2), quiet=True)
     assert json.loads((tmp_path / "run" / "run.json").read_text())["settings"]["tail"] == tail
     assert f"| tail | {tail} |" in (tmp_path / "run" / "student" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "changed"),
+    [
+        ("topk", {"divergence": "reverse"}),
+        ("prototype", {"divergence": "reverse", "tail": "bucket"}),
+        ("hidden", {"divergence": "reverse"}),
+        ("topk", {"divergence": "js", "js_beta": 0.2}),
+        ("topk", {"divergence": "js", "tail": "renormalise"}),
+        ("topk", {"divergence": "js", "tail": "uniform"}),
+        ("hidden", {"divergence": "js"}),
+    ],
+)
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_a_student_learns_by_every_divergence_that_its_targets_have(
+    caches: dict[str, Path], tmp_path: Path, name: str, changed: dict[str, Any], temperature: float
+) -> None:
+    config = settings(caches[name], tmp_path / "run", temperature=temperature, ce_weight=0.0, **changed)
+    result = train(config, quiet=True)
+    assert 0 <= result["last_step"]["kl"] < 0.9 * lines(tmp_path / "run")[0]["kl"]
+
+
+@pytest.mark.parametrize(
+    ("name", "changed", "said"),
+    [
+        *(
+            (name, {"divergence": kind}, "at random")
+            for name in ("sampled", "sparsified")
+            for kind in ("reverse", "js")
+        ),
+        ("prototype", {"divergence": "js"}, "residual draws"),
+        ("topk", {"divergence": "js", "tail": "gold"}, "next token"),
+        ("topk", {"divergence": "reverse", "tail": "renormalise"}, "infinite"),
+        ("topk", {"divergence": "reverse", "tail": "uniform"}, "spread tail"),
+    ],
+)
+def test_a_divergence_without_a_right_value_is_refused_before_anything_is_made(
+    caches: dict[str, Path], tmp_path: Path, name: str, changed: dict[str, Any], said: str
+) -> None:
+    config = settings(caches[name], tmp_path / "run", **changed)
+    assert said in refused("unsupported-divergence", train, config, quiet=True)
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_tail_that_is_meant_by_none_goes_on_when_it_is_named(caches: dict[str, Path], tmp_path: Path) -> None:

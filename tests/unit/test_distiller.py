@@ -25,6 +25,8 @@ from train.distil_batch import (
     count_terms,
 )
 from train.distiller import Distiller, DistilOutput, LossWeights, check_student_head, shift_labels
+from train.loss_divergences import Divergence
+from train.loss_targets import BucketTargets
 from train.teacher_targets import TeacherTargets
 
 BLOCKS, TIME, WINDOW, KEPT, WIDTH = 3, 12, 4, 5, 16
@@ -32,13 +34,12 @@ VOCAB, PADDED, TAILS, TEACHER_WIDTH = 97, 104, 3, 6
 TREATMENTS: list[Tail | None] = ["bucket", "renormalise", "uniform", "gold", "prototype", None]
 ALL_TERMS = LossWeights(kl=0.6, ce=0.4, cosine=0.3, mse=0.2)
 FAMILIES = ["gpt2", "llama", "gpt_neox", "qwen2", "phi"]
-NOT_LINEAR: dict[str, dict[str, Any]] = {
-    "gemma2": {"head_dim": 8},
+TRANSFORMED: dict[str, dict[str, Any]] = {
+    "gemma2": {"head_dim": 8, "final_logit_softcapping": 3.0},
     "cohere": {"logit_scale": 0.0625},
     "granite": {"logits_scaling": 8.0},
-    "bert": {"is_decoder": True},
 }
-"""Families whose logits are more than a linear map of the last hidden state, and their settings."""
+"""Families that cap or scale their logits, and their settings."""
 
 
 def make_student(family: str = "gpt2", *, width: int = WIDTH, **changes: Any) -> PreTrainedModel:
@@ -154,8 +155,17 @@ def naive_kl(distiller: Distiller, batch: DistilBatch, block: int, log_q_TV: Ten
             in_head = torch.sigmoid(-head.tail_log_odds_BT[block, t])
             p_K = in_head * (head.logprobs_BTK[block, t] / targets.temperature).softmax(dim=0)
             outside_V = torch.ones(VOCAB, dtype=torch.bool).scatter(0, ids_K, False)
-            kl = kl + (p_K * (p_K.log() - log_q_TV[t, ids_K])).sum()
-            kl = kl + (1 - in_head) * ((1 - in_head).log() - log_q_TV[t][outside_V].logsumexp(dim=0))
+            p_M = torch.cat([p_K, (1 - in_head)[None]])
+            log_q_M = torch.cat([log_q_TV[t, ids_K], log_q_TV[t][outside_V].logsumexp(dim=0)[None]])
+            m_M = (p_M + log_q_M.exp()) / 2
+            kl = (
+                kl
+                + {
+                    "forward": (p_M * (p_M.log() - log_q_M)).sum(),
+                    "reverse": (log_q_M.exp() * (log_q_M - p_M.log())).sum(),
+                    "js": (p_M * (p_M / m_M).log() + log_q_M.exp() * (log_q_M - m_M.log())).sum() / 2,
+                }[targets.divergence.kind]
+            )
         return kl
     p_BTV, self_nats_BT = meaning(targets, batch)
     kl_T = self_nats_BT[block, :length] - (p_BTV[block, :length] * log_q_TV).sum(dim=-1)
@@ -232,6 +242,21 @@ def test_points_and_hidden_states_equal_naive(kind: str, temperature: float) -> 
     assert_equals_naive(distiller, make_batch(kind, temperature=temperature))
 
 
+def test_divergences_equal_naive_and_tokens_rounded_to_level_0_are_left_to_the_bucket() -> None:
+    torch.manual_seed(0)
+    batch = make_batch()
+    assert isinstance(batch.targets, HeadTensors)
+    rounded = replace(batch.targets, logprobs_BTK=batch.targets.logprobs_BTK.index_fill(2, torch.tensor([4]), -37.4))
+    for kind in ("forward", "reverse", "js"):
+        targets = make_targets()
+        targets.divergence = Divergence(kind)
+        bucket = targets(rounded, torch.zeros(BLOCKS * TIME, dtype=torch.long))
+        assert isinstance(bucket, BucketTargets)
+        assert bucket.log_probs_NK[:, 4].isneginf().all() == (kind != "forward")
+        assert bucket.log_probs_NK[:, :4].isfinite().all()
+        assert_equals_naive(make_distiller(make_student(), targets), batch)
+
+
 def test_the_teachers_tables_are_no_parameters_and_in_no_checkpoint() -> None:
     for tail, tables in (("prototype", {"tails_CV", "tail_nats_C"}), (None, {"head_weight_VD", "head_bias_V"})):
         distiller = make_distiller(make_student(), make_targets(tail))  # type: ignore[arg-type]
@@ -258,6 +283,55 @@ def test_projection_exists_only_for_a_hidden_loss_between_different_widths() -> 
     assert make_distiller(make_student()).projection is None
     assert make_distiller(make_student(width=8), weights=head_only).projection is None
     assert make_distiller(make_student(width=8), weights=LossWeights(kl=1.0, ce=1.0, mse=0.1)).projection is not None
+
+
+@pytest.mark.parametrize("student_width", [8, WIDTH])
+@pytest.mark.parametrize("window", [1, 4])
+def test_hidden_losses_of_windows_and_of_single_tokens_equal_plain_ones(student_width: int, window: int) -> None:
+    """Centred and not; a window of one token is a loss for each token."""
+    torch.manual_seed(0)
+    hidden_BWD = normal(7, BLOCKS, TIME // window, WIDTH)
+    batch = replace(make_batch(), hidden_BWD=hidden_BWD)
+    counts = count_terms(batch.lengths_B, window)
+    for centre in (False, True):
+        distiller = make_distiller(make_student(width=student_width), window=window, centre_hidden=centre)
+        got: DistilOutput = distiller(batch, counts)
+        cosine = mse = torch.zeros((), dtype=torch.float64)
+        for b, length in enumerate(batch.lengths_B.tolist()):
+            output: Any = distiller.student(input_ids=batch.input_ids_BT[b : b + 1, :length], output_hidden_states=True)
+            states_TD = output.hidden_states[-1][0]
+            student_WD = torch.stack([states.mean(dim=0) for states in states_TD.split(window)])
+            if distiller.projection is not None:
+                student_WD = distiller.projection(student_WD)
+            teacher_WD = hidden_BWD[b, : len(student_WD)]
+            if centre:
+                student_WD, teacher_WD = (each - each.mean(dim=0) for each in (student_WD, teacher_WD))
+            if not centre or len(student_WD) > 1:
+                cosine = cosine + (1 - F.cosine_similarity(student_WD, teacher_WD, dim=1)).sum()
+                mse = mse + (student_WD - teacher_WD).square().mean(dim=1).sum()
+        torch.testing.assert_close(got.cosine_sum, cosine.detach(), rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(got.mse_sum, mse.detach(), rtol=1e-10, atol=1e-10)
+        wanted = gradients(distiller, (0.3 * cosine + 0.2 * mse) / counts.hidden_windows)
+        distiller.weights = replace(ALL_TERMS, kl=0.0, ce=0.0)
+        for name, found in gradients(distiller, distiller(batch, counts).loss).items():
+            torch.testing.assert_close(found, wanted[name], rtol=1e-8, atol=1e-12, msg=name)
+            assert torch.isfinite(found).all()
+
+
+def test_a_hidden_loss_that_its_schedule_leaves_out_costs_nothing_and_its_projection_still_gets_a_gradient() -> None:
+    torch.manual_seed(0)
+    distiller, batch = make_distiller(make_student(width=8)), make_batch()
+    counts = count_terms(batch.lengths_B, WINDOW)
+    distiller.weights = replace(ALL_TERMS, cosine=0.0, mse=0.0)
+    got: DistilOutput = distiller(replace(batch, hidden_BWD=None), counts)
+    assert float(got.cosine_sum) == float(got.mse_sum) == 0
+    torch.testing.assert_close(
+        got.loss.detach(), 0.6 * got.kl_sum / counts.kl_tokens + 0.4 * got.ce_sum / counts.ce_tokens
+    )
+    got.loss.backward()
+    assert distiller.projection is not None
+    assert distiller.projection.weight.grad is not None
+    assert not distiller.projection.weight.grad.any()
 
 
 def test_micro_batches_with_global_counts_sum_to_one_big_batch() -> None:
@@ -386,13 +460,39 @@ def test_linear_heads_are_accepted_and_the_student_is_left_as_it_was(family: str
     assert torch.equal(student(input_ids=ids).logits, logits)
 
 
-@pytest.mark.parametrize("family", NOT_LINEAR)
-def test_head_that_is_more_than_linear_is_refused(family: str) -> None:
-    assert refusal(check_student_head, make_student(family, **NOT_LINEAR[family])).kind == "unsupported-head"
+@pytest.mark.parametrize("family", TRANSFORMED)
+@pytest.mark.parametrize("tail", ["bucket", "prototype", None])
+@pytest.mark.parametrize("tied", [True, False])
+def test_capped_and_scaled_logits_equal_naive(family: str, tail: Tail | None, tied: bool) -> None:
+    torch.manual_seed(0)
+    student = make_student(family, std=0.5, tie_word_embeddings=tied, **TRANSFORMED[family])
+    check_student_head(student)
+    distiller = make_distiller(student, make_targets(tail))
+    # Norms of these families are in float32, of padded blocks and of unpadded ones.
+    assert_equals_naive(distiller, make_batch("hidden" if tail is None else "head"), 1e-6)
+
+
+@pytest.mark.parametrize("family", TRANSFORMED)
+def test_a_transform_that_the_config_hides_or_that_is_not_wanted_is_refused(family: str) -> None:
+    student = make_student(family, **TRANSFORMED[family])
+    assert refusal(check_student_head, student, linear=True).kind == "unsupported-head"
+    hidden = make_student(family, **TRANSFORMED[family])
+    hidden.config.logit_scale = 2.0
+    assert refusal(check_student_head, hidden).kind == "unsupported-head"
+
+
+def test_a_transform_that_only_the_config_has_is_refused() -> None:
+    student = make_student("gpt2")
+    student.config.final_logit_softcapping = 5.0
+    assert refusal(check_student_head, student).kind == "unsupported-head"
+
+
+def test_a_transform_before_the_head_is_refused() -> None:
+    assert refusal(check_student_head, make_student("bert", is_decoder=True)).kind == "unsupported-head"
 
 
 def test_gemma2_without_soft_capping_is_accepted() -> None:
-    check_student_head(make_student("gemma2", head_dim=8, final_logit_softcapping=None))
+    check_student_head(make_student("gemma2", head_dim=8, final_logit_softcapping=None), linear=True)
 
 
 def test_model_without_output_head_is_refused() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.refusals import refused
-from train.hidden_losses import cosine_sum, mse_sum, pool_windows
+from train.hidden_losses import centred, cosine_sum, mse_sum, pool_windows
 
 
 def test_pooling_means_over_real_tokens_of_each_window() -> None:
@@ -31,6 +31,17 @@ def test_pooling_window_of_one_keeps_each_state_and_widens_low_precision() -> No
 @pytest.mark.parametrize("window", [0, 5])
 def test_pooling_window_that_does_not_divide_the_block_is_refused(window: int) -> None:
     refused("bad-window", pool_windows, torch.zeros(1, 12, 2), torch.tensor([12]), window)
+
+
+def test_centring_takes_the_mean_of_each_blocks_real_windows_away() -> None:
+    pooled_BWD = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    mask_BW = torch.tensor([[True] * 4, [True, True, False, False], [True, False, False, False]])
+    pooled_BWD[~mask_BW] = torch.nan
+    got_BWD = centred(pooled_BWD, mask_BW)
+    torch.testing.assert_close(got_BWD[0], pooled_BWD[0] - pooled_BWD[0].mean(dim=0))
+    torch.testing.assert_close(got_BWD[1, :2], pooled_BWD[1, :2] - pooled_BWD[1, :2].mean(dim=0))
+    assert not got_BWD[2].any()
+    assert not got_BWD[~mask_BW].any()
 
 
 def test_hidden_sums_equal_their_dense_form_and_ignore_empty_windows() -> None:

@@ -14,8 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tests.head_losses import (
+    DIVERGENCES,
     FORMS,
     KEPT,
+    REVERSE,
     ROWS,
     VOCAB,
     Case,
@@ -26,6 +28,7 @@ from tests.head_losses import (
     parameters,
 )
 from tests.refusals import refused
+from train.loss_divergences import Divergence
 from train.loss_targets import BucketTargets, DenseTargets, HeadLossTargets, LinearTargets
 
 SHARED = ("uniform", "prototype", "residual")
@@ -51,10 +54,10 @@ def spoilt(targets: HeadLossTargets, rows_N: Tensor) -> HeadLossTargets:
     )
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("form", "divergence"), DIVERGENCES)
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_rows_without_label_and_mask_get_zero_gradient_whatever_their_targets_hold(
-    form: str, temperature: float
+    form: str, divergence: Divergence, temperature: float
 ) -> None:
     case = make_case(form, temperature=temperature)
     idle_N = (case.labels_N == -100) & ~case.kl_mask_N
@@ -65,7 +68,7 @@ def test_rows_without_label_and_mask_get_zero_gradient_whatever_their_targets_ho
         idle_N = (case.labels_N == -100) & ~case.kl_mask_N
     assert (unmasked_N & ~idle_N).any()
     broken = replace(case, targets=spoilt(case.targets, unmasked_N))
-    got, want = chunked(broken), chunked(case)
+    got, want = chunked(broken, divergence=divergence), chunked(case, divergence=divergence)
     assert torch.equal(got.total, want.total)
     found, wanted = gradients(broken, got.total), gradients(case, want.total)
     assert all(torch.equal(f, w) for f, w in zip(found, wanted, strict=True))
@@ -154,14 +157,17 @@ class Operations(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("form", "divergence"), DIVERGENCES)
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_logits_exist_for_one_chunk_of_rows_at_a_time(form: str, temperature: float, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("softcap", [None, 8.0])
+def test_logits_exist_for_one_chunk_of_rows_at_a_time(
+    form: str, divergence: Divergence, temperature: float, dtype: torch.dtype, softcap: float | None
+) -> None:
     rows, vocab, width, chunk_rows = 200, 500, 4, 16
     case = as_dtype(make_case(form, temperature=temperature, rows=rows, vocab=vocab, width=width), dtype)
     with Operations() as operations:
-        chunked(case, chunk_rows=chunk_rows).total.backward()
+        chunked(case, chunk_rows=chunk_rows, divergence=divergence, softcap=softcap).total.backward()
     assert operations.most_elements == chunk_rows * vocab
 
 
@@ -241,6 +247,11 @@ def test_micro_batches_with_global_scales_sum_to_the_whole(form: str) -> None:
         ({"kl_scale": -1.0}, "bad-loss-weight"),
         ({"ce_scale": math.inf}, "bad-loss-weight"),
         ({"chunk_rows": 0}, "bad-chunk-rows"),
+        ({"divergence": Divergence("backward")}, "bad-divergence"),  # type: ignore[arg-type]
+        ({"softcap": 0.0}, "bad-softcap"),
+        ({"softcap": math.nan}, "bad-softcap"),
+        ({"divergence": Divergence("js", 0.0)}, "bad-divergence"),
+        ({"divergence": Divergence("js", 1.0)}, "bad-divergence"),
         ({"vocab_size": VOCAB + 1}, "bad-vocabulary"),
         ({"vocab_size": 0}, "bad-vocabulary"),
         ({"vocab_size": KEPT - 1}, "bad-shape"),
@@ -295,3 +306,16 @@ def test_mismatched_tensors_are_refused(form: str, change: Callable[[Case], Case
 def test_a_shared_distribution_that_does_not_exist_is_refused() -> None:
     beyond = of_shared(make_case("prototype"), tail_N=torch.full((ROWS,), 99))
     assert "tail" in refused("id-outside-vocabulary", chunked, beyond)
+
+
+@pytest.mark.parametrize("form", [form for form in FORMS if form not in ("bucket", "dense")])
+def test_reverse_kl_to_targets_with_zeros_is_refused(form: str) -> None:
+    refused("bad-divergence", chunked, make_case(form), divergence=REVERSE)
+
+
+@pytest.mark.parametrize(("form", "divergence"), DIVERGENCES)
+def test_the_divergence_without_gradient_is_the_same(form: str, divergence: Divergence) -> None:
+    case = make_case(form)
+    with torch.no_grad():
+        got = chunked(case, divergence=divergence)
+    assert torch.equal(got.kl_sum, chunked(case, divergence=divergence).kl_sum)

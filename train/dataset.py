@@ -1,0 +1,127 @@
+"""A cache for trainers of one's own: blocks go in by number, batches for a `Distiller` come out of a DataLoader.
+
+In: a finished cache's folder, and the numbers that any sampler gives. Out: ``DistilBatch``. ``BlockSampler`` gives the
+blocks in the order of `kdpipe train-student`, split between ranks, the same whatever the number of ranks and workers.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from cache_spec.manifest import Manifest
+from cache_spec.reader import CacheReader
+from train.distil_batch import DistilBatch, to_tensors
+from train.order import EpochOrder
+
+
+class CacheDataset(Dataset[DistilBatch]):
+    """The blocks of a cache; an item is one block as a batch of one, and ``collate`` joins items.
+
+    Args:
+        cache: folder of the finished cache.
+        temperature: of the targets; BadInputError ``undeclared-temperature`` for one that the cache does not serve.
+        with_hidden: read pooled hidden states where the cache has them; a loss without them is faster.
+    """
+
+    def __init__(self, cache: str | Path, *, temperature: float = 1.0, with_hidden: bool = True) -> None:
+        self.cache, self.temperature, self.with_hidden = Path(cache), temperature, with_hidden
+        self._opened: tuple[int, CacheReader] | None = None
+        self.manifest.temperature_index(temperature)
+
+    @property
+    def reader(self) -> CacheReader:
+        """This process's reader: a worker opens its own."""
+        if self._opened is None or self._opened[0] != os.getpid():
+            self._opened = os.getpid(), CacheReader.open(self.cache)
+        return self._opened[1]
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the cache says of itself."""
+        return self.reader.manifest
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_opened": None}
+
+    def __len__(self) -> int:
+        return self.manifest.blocks.num_blocks
+
+    def __getitem__(self, block: int) -> DistilBatch:
+        return self.__getitems__([block])[0]
+
+    def __getitems__(self, blocks: Sequence[int]) -> list[DistilBatch]:
+        """One batch of all these blocks, in a list, as a DataLoader asks; of none, one block that counts nothing."""
+        read = self.reader.batch(list(blocks) or [0], self.temperature, with_hidden=self.with_hidden)
+        batch = to_tensors(read)
+        return [batch if blocks else replace(batch, lengths_B=torch.zeros_like(batch.lengths_B))]
+
+
+def collate(items: Sequence[DistilBatch]) -> DistilBatch:
+    """Join items of a ``CacheDataset`` to one batch: the ``collate_fn`` of its DataLoader."""
+    return items[0] if len(items) == 1 else items[0].joined(items[1:])
+
+
+class BlockSampler(Sampler[list[int]]):
+    """The micro-batches of one rank, in order, as lists of blocks: the ``batch_sampler`` of a DataLoader.
+
+    Ranks take ``batch_blocks`` blocks each in turn from the epoch's order, which depends on the text, the seed and the
+    epoch alone. So the blocks of a step of ``accumulate`` micro-batches are the same for any ``accumulate`` and
+    ``num_ranks`` of one product, and every rank has as many micro-batches as every other: at the end of an epoch a rank
+    may get an empty list, of which ``CacheDataset`` makes a batch that counts nothing.
+    """
+
+    def __init__(
+        self,
+        dataset: CacheDataset,
+        *,
+        batch_blocks: int,
+        num_ranks: int = 1,
+        rank: int = 0,
+        seed: int = 0,
+        window_shards: int = 16,
+    ) -> None:
+        if min(batch_blocks, window_shards) < 1 or not 0 <= rank < num_ranks:
+            raise ValueError("a sampler needs blocks, shards and ranks, and a rank among them")
+        manifest = dataset.manifest
+        self.batch_blocks, self.num_ranks, self.rank, self.epoch = batch_blocks, num_ranks, rank, 0
+        self._num_blocks, self._shard_blocks = len(dataset), manifest.blocks.shard_blocks
+        self._window_shards, self._seed, self._fingerprint = window_shards, seed, manifest.corpus.tokens_sha256
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch, from 0, whose order comes next."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return -(-self._num_blocks // (self.batch_blocks * self.num_ranks))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = EpochOrder(
+            num_blocks=self._num_blocks,
+            shard_blocks=self._shard_blocks,
+            window_shards=self._window_shards,
+            seed=self._seed,
+            epoch=self.epoch,
+            fingerprint=self._fingerprint,
+        )
+        for turn in range(len(self)):
+            start = min((turn * self.num_ranks + self.rank) * self.batch_blocks, self._num_blocks)
+            yield order.indices(start, min(self.batch_blocks, self._num_blocks - start)).tolist()
+
+
+class CacheLoader(DataLoader[DistilBatch]):
+    """A DataLoader in the order of a ``BlockSampler``; ``settings`` are a DataLoader's."""
+
+    def __init__(self, dataset: CacheDataset, sampler: BlockSampler, **settings: Any) -> None:
+        super().__init__(dataset, batch_sampler=sampler, **{"collate_fn": collate} | settings)
+        self._sampler = sampler
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch, from 0, whose order comes next."""
+        self._sampler.set_epoch(epoch)
