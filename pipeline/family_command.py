@@ -67,7 +67,6 @@ def run_family(config: TrainConfig, options: FamilyOptions, *, dry_run: bool, as
     from train.family import plan_family, train_family
     from train.family_config import read_family
     from train.family_report import plan_lines, table_lines
-    from train.ranks import ranks_of_environment
 
     assert options.students is not None
     measured: dict[str, Any] = {"cache": config.evaluate_cache, "text": options.evaluate_text}
@@ -86,6 +85,5 @@ def run_family(config: TrainConfig, options: FamilyOptions, *, dry_run: bool, as
         emit(as_json, facts, plan_lines(facts))
         return EXIT_DONE
     report = train_family(family, plots=options.plots, quiet=as_json)
-    if ranks_of_environment().is_first:
-        emit(as_json, report, table_lines(report))
+    emit(as_json, report, table_lines(report))
     return EXIT_FAILED if any(row["status"] != "done" for row in report["students"]) else EXIT_DONE

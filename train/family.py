@@ -14,7 +14,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from cache_spec.durable import make_folder, replace_file, writing
-from cache_spec.errors import KdpipeError, WouldLoseDataError
+from cache_spec.errors import BadInputError, KdpipeError, WouldLoseDataError
 from cache_spec.failures import first_line
 from cache_spec.reader import CacheReader
 from train.evaluate import evaluate_models
@@ -53,23 +53,19 @@ def train_family(family: Family, *, plots: bool | None = None, quiet: bool = Fal
     (the fields of ``Speed``); what is not known is None. ``plots``: draw them; None: if matplotlib is there.
 
     Everything is checked, and every new student built once, before the first is trained: KdpipeError, naming the
-    student, for one that could not be. Started by a launcher, each process calls this and shares the training; rank 0
-    alone measures and writes. SIGINT and SIGTERM leave a checkpoint and raise KeyboardInterrupt.
+    student, for one that could not be. SIGINT and SIGTERM leave a checkpoint and raise KeyboardInterrupt.
     """
+    refuse_ranks()
     if plots is not False:
         plots = require_matplotlib(asked=plots is not None)
-    is_first = ranks_of_environment().is_first
-    with _claimed(family.out) if is_first else nullcontext():
+    with _claimed(family.out):
         check_family(family)
         before = _report_before(family.out)
         rows = [_row(student) for student in family.students]
         for number, (student, row) in enumerate(zip(family.students, rows, strict=True), 1):
             logger.info("student %s, %d of %d", student.name, number, len(rows))
             _train(student, row, quiet=quiet)
-            if is_first:
-                _write(family, rows)
-        if not is_first:
-            return {"students": rows}
+            _write(family, rows)
         done = [(student, row) for student, row in zip(family.students, rows, strict=True) if row["status"] == "done"]
         if family.evaluate is not None:
             for student, row in done:
@@ -80,6 +76,14 @@ def train_family(family: Family, *, plots: bool | None = None, quiet: bool = Fal
         if plots:
             draw_family(report, family.out / PLOT_NAME)
     return report
+
+
+def refuse_ranks() -> None:
+    """Raise BadInputError ``family-of-ranks`` in a process of a launch: students of a family have one process each."""
+    num_ranks = ranks_of_environment().num_ranks
+    if num_ranks > 1:
+        hint = "train each student by itself, in its folder of the family; then the family measures them all"
+        raise BadInputError("family-of-ranks", "--students", expected="one process", found=num_ranks, hint=hint)
 
 
 def plan_family(family: Family) -> dict[str, Any]:
@@ -117,7 +121,7 @@ def _check_run(student: FamilyStudent, reader: CacheReader) -> bool:
     loss_weights(config, reader)
     precision = pick_precision(config.precision, pick_device(config.device))
     refuse_foreign(config.out)
-    return goes_on(config.out, run_identity(config, reader, precision, ranks_of_environment().num_ranks))
+    return goes_on(config.out, run_identity(config, reader, precision))
 
 
 def _train(student: FamilyStudent, row: dict[str, Any], *, quiet: bool) -> None:
