@@ -9,9 +9,9 @@ choice is made and used everywhere, so that what remains still fits together:
     C  channels of a head, evenly spaced; rotated pairs stay pairs
     F  feed-forward units, evenly spaced
 
-A sum over n of N inputs is that much smaller: each matrix is scaled by sqrt(N / n) along the axis that it sums over, as
-random contributions would ask for. Of the output head the final norm carries the factor, so that tied embeddings stay
-tied. With nothing cut every factor is one and every tensor stays as it is, bit by bit.
+A sum over n of N units is that much smaller: the matrix that follows them is scaled by sqrt(N / n), as independent
+contributions would ask for. Channels and heads are left as they are: norms keep the size of what comes in, and scaled
+cuts started and trained worse where it was measured. With nothing cut every tensor stays as it is, bit by bit.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from cache_spec.errors import BadInputError
 from train.student_config import config_key
 
 # The axes of each tensor by the end of its name; a small letter is the one that is summed over. V vocabulary, P
-# positions, N the final norm's D; Q query heads times channels, K key-value heads times channels; GPT-2 has queries,
+# positions; Q query heads times channels, K key-value heads times channels; GPT-2 has queries,
 # keys and values side by side (S), GPT-NeoX within each head (I).
 _LLAMA = {
     r"(embed_tokens|lm_head)\.weight": "VD",
@@ -44,7 +44,7 @@ _LLAMA = {
     r"mlp\.down_proj\.weight": "Df",
     r"(self_attn\.o|mlp\.down)_proj\.bias": "D",
     r"(input|post_attention)_layernorm\.weight": "D",
-    r"norm\.weight": "N",
+    r"norm\.weight": "D",
 }
 _AXES: dict[str, dict[str, str]] = {
     "llama": _LLAMA,
@@ -60,7 +60,7 @@ _AXES: dict[str, dict[str, str]] = {
         r"mlp\.c_fc\.bias": "F",
         r"mlp\.c_proj\.weight": "fD",
         r"(attn|mlp)\.c_proj\.bias": "D",
-        r"ln_f\.(weight|bias)": "N",
+        r"ln_f\.(weight|bias)": "D",
     },
     "gpt_neox": {
         r"(embed_in|embed_out|lm_head)\.weight": "VD",
@@ -72,7 +72,7 @@ _AXES: dict[str, dict[str, str]] = {
         r"mlp\.dense_h_to_4h\.bias": "F",
         r"mlp\.dense_4h_to_h\.weight": "Df",
         r"(attention\.dense|mlp\.dense_4h_to_h)\.bias": "D",
-        r"final_layer_norm\.(weight|bias)": "N",
+        r"final_layer_norm\.(weight|bias)": "D",
     },
 }
 
@@ -139,12 +139,7 @@ def slice_tensors(
     """The teacher's tensors cut to the student's sizes; tensors that are no weights of the family are left out."""
     theirs, ours = _Sizes.of(teacher), _Sizes.of(student)
     chosen = _chosen(theirs, ours)
-    scale = {
-        "d": math.sqrt(theirs.width / ours.width),
-        "q": math.sqrt(theirs.heads * theirs.head_dim / (ours.heads * ours.head_dim)),
-        "f": math.sqrt(theirs.inner / ours.inner),
-        "N": math.sqrt(theirs.width / ours.width),
-    }
+    scale = {"f": math.sqrt(theirs.inner / ours.inner)}
     sliced: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         axes = _axes(teacher.model_type, name)
@@ -153,7 +148,7 @@ def slice_tensors(
         cut = tensor
         for dim, axis in enumerate(axes):
             if axis != "V":
-                cut = cut.index_select(dim, chosen["D" if axis == "N" else axis.upper()])
+                cut = cut.index_select(dim, chosen[axis.upper()])
             if axis in scale:
                 cut = cut * scale[axis]
         sliced[name] = cut.contiguous()

@@ -49,7 +49,7 @@ def test_narrower_students_are_of_the_asked_sizes_and_stay_tied(tmp_path: Path, 
     assert theirs.shape == (V, 12)
 
 
-def test_every_matrix_is_cut_alike_and_scaled_by_what_it_sums_over(tmp_path: Path) -> None:
+def test_every_matrix_is_cut_alike_and_the_units_sum_is_scaled(tmp_path: Path) -> None:
     teacher = save_teacher(tmp_path / "t", "llama", attention_bias=True, mlp_bias=True, tie_word_embeddings=False)
     overrides = {"hidden_size": 12, "intermediate_size": 16}
     student: Any = build(tmp_path / "t", tmp_path / "c", init="sliced", layer_indices=(3,), overrides=overrides).model
@@ -59,19 +59,19 @@ def test_every_matrix_is_cut_alike_and_scaled_by_what_it_sums_over(tmp_path: Pat
     queries, keys, units = torch.arange(12), torch.arange(6), torch.arange(0, 64, 4)
     width = torch.tensor(HALF)
     expected = {
-        "self_attn.q_proj.weight": theirs[old + "self_attn.q_proj.weight"][queries][:, width] * 2**0.5,
-        "self_attn.k_proj.weight": theirs[old + "self_attn.k_proj.weight"][keys][:, width] * 2**0.5,
+        "self_attn.q_proj.weight": theirs[old + "self_attn.q_proj.weight"][queries][:, width],
+        "self_attn.k_proj.weight": theirs[old + "self_attn.k_proj.weight"][keys][:, width],
         "self_attn.v_proj.bias": theirs[old + "self_attn.v_proj.bias"][keys],
-        "self_attn.o_proj.weight": theirs[old + "self_attn.o_proj.weight"][width][:, queries] * 2**0.5,
+        "self_attn.o_proj.weight": theirs[old + "self_attn.o_proj.weight"][width][:, queries],
         "self_attn.o_proj.bias": theirs[old + "self_attn.o_proj.bias"][width],
-        "mlp.gate_proj.weight": theirs[old + "mlp.gate_proj.weight"][units][:, width] * 2**0.5,
+        "mlp.gate_proj.weight": theirs[old + "mlp.gate_proj.weight"][units][:, width],
         "mlp.up_proj.bias": theirs[old + "mlp.up_proj.bias"][units],
         "mlp.down_proj.weight": theirs[old + "mlp.down_proj.weight"][width][:, units] * 2.0,
         "input_layernorm.weight": theirs[old + "input_layernorm.weight"][width],
     }
     for name, tensor in expected.items():
         torch.testing.assert_close(ours[f"model.layers.0.{name}"], tensor, rtol=1e-6, atol=0)
-    torch.testing.assert_close(ours["model.norm.weight"], theirs["model.norm.weight"][width] * 2**0.5)
+    torch.testing.assert_close(ours["model.norm.weight"], theirs["model.norm.weight"][width])
     assert torch.equal(ours["lm_head.weight"], theirs["lm_head.weight"][:, width])
 
 
@@ -89,7 +89,7 @@ def test_fused_projections_are_cut_part_by_part(tmp_path: Path, family: str) -> 
         ours = student.gpt_neox.layers[0].attention.query_key_value.weight.detach().reshape(2, 3, 6, 12)
         whole = teacher.gpt_neox.layers[0].attention.query_key_value.weight.detach().reshape(4, 3, 6, 24)
         expected = whole[::2, ..., ::2]
-    torch.testing.assert_close(ours, expected * 2**0.5)
+    torch.testing.assert_close(ours, expected)
 
 
 def test_rotated_pairs_stay_pairs_of_the_same_frequency() -> None:
