@@ -25,7 +25,6 @@ from cache_spec.durable import make_folder, replace_file, writing
 from cache_spec.errors import BadInputError, KdpipeError, WouldLoseDataError
 from cache_spec.failures import first_line
 from cache_spec.reader import CacheReader
-from train.checkpoint import refuse_another_run
 from train.evaluate import evaluate_models
 from train.evaluate_config import EvaluateConfig
 from train.family_config import Family, FamilyStudent
@@ -33,8 +32,9 @@ from train.family_plots import draw_family, require_matplotlib
 from train.family_report import report_csv, report_markdown
 from train.loop import train
 from train.planning import plan
+from train.ranks import ranks_of_environment
 from train.run import first_student, loss_weights, pick_device, pick_precision, run_identity
-from train.run_folder import RUN_NAME, STUDENT_NAME, finished_result, published_run, refuse_foreign
+from train.run_folder import RUN_NAME, STUDENT_NAME, finished_result, goes_on, refuse_foreign
 from train.scorer import pick_dtype
 from train.speed import measure_speeds
 
@@ -80,10 +80,10 @@ def train_family(family: Family, *, plots: bool | None = None, quiet: bool = Fal
 
 def refuse_ranks() -> None:
     """Raise BadInputError ``family-of-ranks`` in a process of a launch: students of a family have one process each."""
-    num_ranks = os.environ.get("WORLD_SIZE", "1")
-    if num_ranks != "1":
+    num_ranks = ranks_of_environment().num_ranks
+    if num_ranks > 1:
         hint = "train each student by itself, in its folder of the family; then the family measures them all"
-        raise BadInputError("family-of-ranks", "--students", expected="one process", found=f"{num_ranks}", hint=hint)
+        raise BadInputError("family-of-ranks", "--students", expected="one process", found=num_ranks, hint=hint)
 
 
 def plan_family(family: Family) -> dict[str, Any]:
@@ -119,12 +119,9 @@ def _check_run(student: FamilyStudent, reader: CacheReader) -> bool:
     """Check what costs nothing; returns whether something of this run is there to go on from."""
     config = student.config
     loss_weights(config, reader)
-    identity = run_identity(config, reader, pick_precision(config.precision, pick_device(config.device)))
+    precision = pick_precision(config.precision, pick_device(config.device))
     refuse_foreign(config.out)
-    record = published_run(config.out)
-    if record is not None:
-        refuse_another_run(config.out, saved=(record["fingerprint"], record["settings"]), asked=identity)
-    return record is not None
+    return goes_on(config.out, run_identity(config, reader, precision))
 
 
 def _train(student: FamilyStudent, row: dict[str, Any], *, quiet: bool) -> None:

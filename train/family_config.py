@@ -29,9 +29,16 @@ _SECTIONS = ("common", "students", "control", "evaluate", "speed")
 _OF_THE_FAMILY = ("cache", "out")
 Model = TypeVar("Model", bound=BaseModel)
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_OF_THE_LOSS = ("kl_schedule", "ce_schedule", "hidden_schedule", "divergence", "js_beta", "hidden_centre")
 CONTROL_SUFFIX = "-control"
-CONTROL_WEIGHTS = {"kl_weight": 0.0, "ce_weight": 1.0, "cosine_weight": 0.0, "mse_weight": 0.0}
-"""What makes a student its own control: the text's next token is all that it learns from."""
+CONTROL_SETTINGS: dict[str, Any] = {
+    "kl_weight": 0.0,
+    "ce_weight": 1.0,
+    "cosine_weight": 0.0,
+    "mse_weight": 0.0,
+    **{name: TrainConfig.model_fields[name].default for name in _OF_THE_LOSS},
+}
+"""What makes a student its own control: the text's next token is all that it learns from, all the time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +92,10 @@ def read_family(
         # A student of the text alone would be its own twin.
         if (control or has_control) and of.kl_weight + of.cosine_weight + of.mse_weight > 0:
             twin = f"{name}{CONTROL_SUFFIX}"
-            students.append(_student(twin, settings | CONTROL_WEIGHTS, cache, out, f"{path}: students: {twin}", name))
+            of_text = settings | CONTROL_SETTINGS
+            if of.schedule != "wsd":
+                of_text.pop("cooldown", None)  # it was of the weights' schedules alone
+            students.append(_student(twin, of_text, cache, out, f"{path}: students: {twin}", name))
     _refuse_twice([student.name for student in students], path)
     measured = _settings(body.get("evaluate"), EvaluateConfig, f"{path}: evaluate") | dict(evaluate)
     return Family(

@@ -156,6 +156,18 @@ def test_the_control_of_a_student_of_the_text_alone_is_itself(made: Path, tmp_pa
     ]
 
 
+def test_a_control_has_no_schedule_of_what_it_does_not_learn_from(tmp_path: Path) -> None:
+    path = tmp_path / "s.yaml"
+    path.write_text(
+        "control: true\ncommon: {num_layers: 1, kl_schedule: wsd, ce_schedule: 'first:0.5', cooldown: 0.3}\n"
+        "students: {a: {divergence: js, js_beta: 0.3}, b: {schedule: wsd, cosine_weight: 1.0, hidden_centre: true}}"
+    )
+    found = read_family(path, cache=tmp_path, out=tmp_path, given={}, evaluate={}, control=False)
+    _, a, _, b = (student.config for student in found.students)
+    assert (a.ce_schedule, a.kl_schedule, a.divergence, a.cooldown) == ("constant", "constant", "forward", 0.1)
+    assert (b.schedule, b.cooldown, b.hidden_centre) == ("wsd", 0.3, False)
+
+
 def test_a_failing_student_does_not_stop_the_others(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
