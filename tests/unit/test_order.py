@@ -116,3 +116,15 @@ def test_groups_start_where_passes_start_in_every_window() -> None:
 def test_grouping_without_shuffling_sorts_each_window() -> None:
     lengths = LENGTHS[grouped(shuffle=False).indices(0, 200)]
     assert (np.diff(lengths) >= 0).all()
+
+
+def test_groups_spare_nearly_all_padding() -> None:
+    lengths = np.clip(np.random.default_rng(0).lognormal(6.0, 0.9, 20_480), 8, 1024).astype(np.int64)
+    settings = {"num_blocks": 20_480, "shard_blocks": 256, "window_shards": 16}
+
+    def computed(**changes: object) -> float:
+        blocks = order(**settings, **changes).indices(0, 20_480)
+        return float(lengths[blocks].reshape(-1, 8).max(axis=1).sum() * 8 / lengths.sum())
+
+    assert computed(group_blocks=8, lengths=lambda blocks: lengths[blocks]) < 1.01
+    assert computed() > 1.9
