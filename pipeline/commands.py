@@ -160,6 +160,8 @@ def train_student(
     Only copied layers are read from the teacher's files, once, at the start. Run the same command again to go on
     after an interruption.
     """
+    if family.students is not None and paper is not None:
+        raise click.UsageError("--paper-config is one student's: leave out --students")
     if family.students is not None:
         return run_family(config, family, dry_run=dry_run, as_json=as_json)
     family.refuse_alone()

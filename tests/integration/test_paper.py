@@ -167,3 +167,12 @@ def test_one_file_or_a_recipe_but_not_both(capsys: pytest.CaptureFixture[str], p
     code, _, err = kdpipe(capsys, "train-student", "--paper-config", paper, "--config", "some")
     assert code == 2
     assert "not both" in err
+
+
+def test_one_file_is_one_student(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, paper: Path
+) -> None:
+    monkeypatch.setattr("train.paper_cache.cache_settings", lambda *_: {})  # there is no cache yet
+    code, _, err = kdpipe(capsys, "train-student", "--paper-config", paper, "--cache", "c", "--students", "sizes")
+    assert code == 2, err
+    assert "leave out --students" in err
