@@ -16,6 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from cache_spec.manifest import sha256_hex
 from tests.synthetic import make_manifest, make_rows, write_cache
+from train.run_folder import CLOCK_METRICS
 from train.teacher_layers import weights_digest
 
 VOCABULARY, WIDTH, TOKENS, BLOCKS = 50, 16, 8, 22
@@ -92,7 +93,7 @@ def weights_of(out: Path) -> dict[str, torch.Tensor]:
 def metric_lines(out: Path) -> list[dict[str, Any]]:
     """The lines of metrics, but for what a clock says."""
     found = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in ("tokens_per_s", "wait_s")} for line in found]
+    return [{key: value for key, value in line.items() if key not in CLOCK_METRICS} for line in found]
 
 
 def assert_same_run(left: Path, right: Path) -> None:

@@ -34,6 +34,8 @@ RUN_NAME = "run.json"
 RESULT_NAME = "result.json"
 STUDENT_NAME = "student"
 CHECKPOINTS_NAME = "checkpoints"
+CLOCK_METRICS = frozenset({"tokens_per_s", "wait_s"})
+"""What a clock says in a line of metrics: not the same in two runs that are equal."""
 _STUDENT_CONFIG_NAME = "student_config"
 _GENERATION_NAME = "generation_config.json"
 _METRICS_NAME = "metrics.jsonl"
