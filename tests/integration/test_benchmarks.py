@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 
 from benchmarks import faults, faults_training, memory, quantisation, teacher
+from benchmarks.training import __main__ as training
 from cache_spec.encodings.topk import TopK
 from pipeline import cli
+from tests.runs import TOKENS, save_run_cache, save_run_teacher
 from tests.synthetic import make_manifest, make_rows, write_cache
 
 README = Path(__file__).parents[2] / "README.md"
@@ -41,6 +43,27 @@ def test_the_fault_campaign_of_trainings_kills_and_compares(
     report = run(faults_training, capsys, monkeypatch, "--kills", 2, "--options", "--max-steps 4")
     assert (report["kills"], report["resume_failed"], report["different_at_the_end"]) == (2, 0, 0)
     assert report["runs"] >= 1
+
+
+@pytest.mark.slow
+def test_the_training_benchmark_times_contenders_in_turns(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder = save_run_teacher(tmp_path / "teacher")
+    cache = save_run_cache(tmp_path / "cache", folder)
+    few = ("--layers", 1, "--batch-blocks", 2, "--turns", 1, "--steps", 3, "--threads", 1, "--trl", tmp_path)
+    only = ("--only", "kdpipe", "online", "trainer-ce")
+    report = run(training, capsys, monkeypatch, "--cache", cache, "--teacher", folder, *few, *only)
+    assert report["task"]["batch_tokens"] == 2 * TOKENS
+    assert {name: figures.get("steps") for name, figures in report["contenders"].items()} == {
+        "kdpipe": 2,
+        "online": 2,
+        "trainer-ce": 2,
+    }
+    ours, theirs = (report["contenders"][name]["step_s"] for name in ("kdpipe", "online"))
+    found = {row["what"]: row["found"] for row in report["goals"]}
+    assert found["speed-up over online"] == pytest.approx(theirs / ours, abs=1e-3)
+    assert "share of a step that waits for data" in found
 
 
 @pytest.mark.slow
