@@ -19,9 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
-from cache_spec.durable import make_folder, replace_file, writing
+from cache_spec.durable import replace_file
 from cache_spec.errors import BadInputError, KdpipeError, WouldLoseDataError
 from cache_spec.failures import first_line
 from cache_spec.reader import CacheReader
@@ -34,7 +32,7 @@ from train.loop import train
 from train.planning import plan
 from train.ranks import ranks_of_environment
 from train.run import first_student, loss_weights, pick_device, pick_precision, run_identity
-from train.run_folder import RUN_NAME, STUDENT_NAME, finished_result, goes_on, refuse_foreign
+from train.run_folder import RUN_NAME, STUDENT_NAME, finished_result, goes_on, locked, refuse_foreign
 from train.scorer import pick_dtype
 from train.speed import measure_speeds
 
@@ -256,15 +254,5 @@ def _claimed(out: Path) -> Iterator[None]:
     if (out / RUN_NAME).is_file() or (out.exists() and not out.is_dir()):
         expected, found = "a new folder or a family's", "a single student's run" if out.is_dir() else "a file"
         raise WouldLoseDataError("not-a-family", out, expected=expected, found=found, hint="give another --out")
-    make_folder(out)
-    lock = FileLock(out / _LOCK_NAME, timeout=0)
-    with writing(out / _LOCK_NAME):
-        try:
-            lock.acquire()
-        except Timeout:  # an OSError too
-            hint = "wait for it, or give another --out"
-            raise WouldLoseDataError("family-in-use", out, found="a family that is trained", hint=hint) from None
-    try:
+    with locked(out / _LOCK_NAME, "family-in-use", "a family that is trained"):
         yield
-    finally:
-        lock.release()

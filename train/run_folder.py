@@ -46,19 +46,26 @@ _LOCK_NAME = ".lock"
 def claimed(out: Path) -> Iterator[None]:
     """Hold a run folder for this process alone; WouldLoseDataError if another run or other files are there."""
     refuse_foreign(out)
-    make_folder(out)
-    lock = FileLock(out / _LOCK_NAME, timeout=0)
-    with writing(out / _LOCK_NAME):
-        try:
-            lock.acquire()
-        except Timeout:  # an OSError too
-            hint = "wait for it, or give another --out"
-            raise WouldLoseDataError("run-in-use", out, found="another training that is running", hint=hint) from None
-    try:
+    with locked(out / _LOCK_NAME, "run-in-use", "another training that is running"):
         refuse_foreign(out)
         for folder in (out, out / _STUDENT_CONFIG_NAME):
             for leftover in folder.glob(f"{TEMPORARY_PREFIX}*.json*"):
                 leftover.unlink(missing_ok=True)
+        yield
+
+
+@contextmanager
+def locked(path: Path, kind: str, found: str) -> Iterator[None]:
+    """Hold a file and make its folder; WouldLoseDataError of ``kind``, saying what was ``found``, where it is held."""
+    make_folder(path.parent)
+    lock = FileLock(path, timeout=0)
+    with writing(path):
+        try:
+            lock.acquire()
+        except Timeout:  # an OSError too
+            hint = "wait for it, or give another --out"
+            raise WouldLoseDataError(kind, path.parent, found=found, hint=hint) from None
+    try:
         yield
     finally:
         lock.release()
