@@ -262,6 +262,8 @@ def _residual(
         if not all(part.any() for part in parts):
             continue
         size = _sigmoid(float(odds[block, position, at]) * step) * np.abs(difference_V).sum()
+        if size == 0:
+            continue  # a tail this thin has no mass in float64
         masses[block, position, at] = _round_at_random(np.log(size), MASS_STEP_NATS, np.exp, fractions[1])
         ids[block, position, at] = np.concatenate(
             [pick(part, (np.arange(half) + start) / half) for part, start in zip(parts, fractions[2:], strict=True)]

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from cache_spec.encodings import Encoding
@@ -232,6 +232,7 @@ def test_every_encoding_means_a_distribution(
         assert (probs_BTV >= 0).all()
 
 
+@example(np.array([[[0.0] * 9, [0.0] * 9, [0, 7.75, 0.5, 0, 0, 0, 0, 0, 1]]]), 0)
 @given(logits(VOCAB_SIZE), st.sampled_from([0, 1, 2]))
 @settings(max_examples=25, deadline=None)
 def test_a_prototype_with_residual_draws_still_sums_to_one(logits_BTV: Array, at: int) -> None:
