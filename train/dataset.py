@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from cache_spec.manifest import Manifest
 from cache_spec.reader import CacheReader
+from train.batches import StepPlan, epoch_order
 from train.distil_batch import DistilBatch, to_tensors
-from train.order import EpochOrder
 
 
 class CacheDataset(Dataset[DistilBatch]):
@@ -89,30 +89,27 @@ class BlockSampler(Sampler[list[int]]):
     ) -> None:
         if min(batch_blocks, window_shards) < 1 or not 0 <= rank < num_ranks:
             raise ValueError("a sampler needs blocks, shards and ranks, and a rank among them")
-        manifest = dataset.manifest
         self.batch_blocks, self.num_ranks, self.rank, self.epoch = batch_blocks, num_ranks, rank, 0
-        self._num_blocks, self._shard_blocks = len(dataset), manifest.blocks.shard_blocks
-        self._window_shards, self._seed, self._fingerprint = window_shards, seed, manifest.corpus.tokens_sha256
+        self._reader, self._window_shards, self._seed = dataset.reader, window_shards, seed
+        self._plan = StepPlan(
+            num_blocks=len(dataset), batch_blocks=batch_blocks, accumulate=1, epochs=1, num_ranks=num_ranks
+        )
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch, from 0, whose order comes next."""
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return -(-self._num_blocks // (self.batch_blocks * self.num_ranks))
+        return self._plan.steps_per_epoch
 
     def __iter__(self) -> Iterator[list[int]]:
-        order = EpochOrder(
-            num_blocks=self._num_blocks,
-            shard_blocks=self._shard_blocks,
-            window_shards=self._window_shards,
-            seed=self._seed,
-            epoch=self.epoch,
-            fingerprint=self._fingerprint,
+        order = epoch_order(
+            self._reader, self._plan, epoch=self.epoch, seed=self._seed, window_shards=self._window_shards
         )
+        num_blocks = self._plan.num_blocks
         for turn in range(len(self)):
-            start = min((turn * self.num_ranks + self.rank) * self.batch_blocks, self._num_blocks)
-            yield order.indices(start, min(self.batch_blocks, self._num_blocks - start)).tolist()
+            start = min((turn * self.num_ranks + self.rank) * self.batch_blocks, num_blocks)
+            yield order.indices(start, min(self.batch_blocks, num_blocks - start)).tolist()
 
 
 class CacheLoader(DataLoader[DistilBatch]):
