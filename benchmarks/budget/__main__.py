@@ -11,14 +11,16 @@ Evaluation comes after. What is done lies in the folder of --work, and the same 
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -67,13 +69,12 @@ class Campaign:
         (self.work / "results").mkdir(parents=True, exist_ok=True)
         self.held_out = _held_out(options)
 
-    def results(self) -> list[dict[str, Any]]:
-        """Those that lie in the folder, and the others once they are there."""
-        return [self._result(student, way) for student in self.students for way in WAYS]
-
-    def _result(self, student: str, way: str) -> dict[str, Any]:
-        path = self.work / "results" / f"{student}.{way}.json"
-        return _once(path, lambda: self._trained(student, way, self.work / "runs" / f"{student}.{way}"))
+    def results(self) -> Iterator[dict[str, Any]]:
+        """Those that lie in the folder, and the others as soon as they are there."""
+        for student, way in itertools.product(self.students, WAYS):
+            out = self.work / "runs" / f"{student}.{way}"
+            made = functools.partial(self._trained, student, way, out)
+            yield _once(self.work / "results" / f"{out.name}.json", made)
 
     def _trained(self, student: str, way: str, out: Path) -> dict[str, Any]:
         data = self.cache() if way == CACHED else self.text()
@@ -160,7 +161,8 @@ def _once(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 def _students(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """What the file of students says of those that are asked for, in that order."""
     place = Path("-")
-    family = read_family(recipe_path(options.sizes), cache=place, out=place, given={}, evaluate={}, control=False)
+    measured = {"cache": place}
+    family = read_family(recipe_path(options.sizes), cache=place, out=place, given={}, evaluate=measured, control=False)
     described = {
         one.name: one.config.model_dump(mode="json", exclude_unset=True, exclude={"cache", "out"})
         for one in family.students
@@ -219,9 +221,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--batch-blocks", type=int, default=2, help="of a step")
     parser.add_argument("--text-tokens", type=int, help="for those without a cache; default: 60,000 for each minute")
     parser.add_argument("--held-out-tokens", type=int, default=16_384, help="to measure on")
-    parser.add_argument(
-        "--reserve", type=float, default=10.0, help="seconds at the end that steps leave for the export"
-    )
+    parser.add_argument("--reserve", type=float, default=15.0, help="seconds that steps leave for start and export")
     options = parser.parse_args()
     # Workers start in another folder.
     options.teacher, options.held_out = _absolute(options.teacher), _absolute(options.held_out)
@@ -253,7 +253,11 @@ def main() -> None:
     settings = json.loads(json.dumps(settings)) | {"pays_for_the_cache": options.students[0]}
     _refuse_other_settings(options, settings)
     campaign = Campaign(options)
-    results = campaign.results()
+    results = []
+    for result in campaign.results():
+        results.append(result)
+        for line in table(results):
+            print(line, file=sys.stderr, flush=True)
     report = {
         "settings": settings,
         "students": campaign.students,
@@ -264,8 +268,6 @@ def main() -> None:
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")},
         "results": results,
     }
-    for line in table(results):
-        print(line, file=sys.stderr)
     print(json.dumps(report, indent=2))
 
 

@@ -61,11 +61,9 @@ def capture_until(settings: dict[str, Any], end: float) -> dict[str, Any]:
     return {"tokens": made["tokens"], "bytes": made["bytes"], "estimated_tokens_per_s": facts["tokens_per_s"]}
 
 
-def train_online(task: Task, config: TrainConfig) -> dict[str, Any]:
+def train_online(loop: OnlineLoop, config: TrainConfig) -> dict[str, Any]:
     """The plain loop with the teacher in memory, under the schedule, the budget and the order of the product."""
     with quiet_transformers():
-        loop = OnlineLoop(task)
-        loop.load()
         plan, steps, tokens, seconds = step_plan(config, loop.reader), 0, 0, 0.0
         began = time.perf_counter()
         for micro in loop.micro_batches(config):
@@ -95,9 +93,12 @@ class Worker:
     def train(self, way: str, task: dict[str, Any], out: str, end: float) -> dict[str, Any]:
         """Train one student until time is up."""
         made = Task(**task)
+        online = OnlineLoop(made) if way == ONLINE else None
+        if online is not None:
+            online.load()
         hours = max(_LEAST_HOURS, (end - time.monotonic()) / 3600)
         config = made.config(Path(out), distils=way != TEXT, max_hours=hours)
-        result = train_online(made, config) if way == ONLINE else train(config, quiet=True)
+        result = train(config, quiet=True) if online is None else train_online(online, config)
         return {name: result[name] for name in ("steps", "tokens", "seconds")}
 
 

@@ -15,7 +15,7 @@ from benchmarks.budget import __main__ as budget
 from benchmarks.budget import ways
 from benchmarks.budget.text import ENCODING, make_text_cache
 from benchmarks.budget.ways import CACHED, ONLINE, TEXT, tokens_for, train_online
-from benchmarks.training.contenders import Task
+from benchmarks.training.contenders import OnlineLoop, Task
 from benchmarks.workers import Process
 from cache_spec.reader import CacheReader
 from pipeline.capture import capture
@@ -52,6 +52,12 @@ def caches(tmp_path_factory: pytest.TempPathFactory, teacher: Path, text: Path) 
     return folder / "text", folder / "exact"
 
 
+def loaded(task: Task) -> OnlineLoop:
+    loop = OnlineLoop(task)
+    loop.load()
+    return loop
+
+
 def test_a_text_cache_has_the_tokens_and_the_order_of_a_captured_one(caches: tuple[Path, Path]) -> None:
     ours, captured = (CacheReader.open(path) for path in caches)
     assert ours.manifest.corpus == captured.manifest.corpus
@@ -73,7 +79,7 @@ def test_the_online_loop_takes_the_steps_of_the_product_with_an_exact_cache(
         student = {"num_layers": 1, "learning_rate": 0.01, "warmup": 0.5}
         task = Task(cache=str(cache), teacher=str(teacher), student=student, batch_blocks=2)
         config = task.config(tmp_path / way, distils=True, max_steps=4)
-        result = train_online(task, config) if way == ONLINE else train(config, quiet=True)
+        result = train_online(loaded(task), config) if way == ONLINE else train(config, quiet=True)
         assert (result["steps"], result["tokens"]) == (4, 4 * 2 * T)
         found.append(load_file(tmp_path / way / "student" / "model.safetensors"))
     start = load_file(teacher / "model.safetensors")
@@ -104,9 +110,24 @@ def test_the_online_loop_stops_and_cools_down_with_its_hours(
     monkeypatch.setattr("benchmarks.budget.ways.rate_at", noted)
     student = {"num_layers": 1, "learning_rate": 1.0, "warmup": 0.0}
     task = Task(cache=str(caches[0]), teacher=str(teacher), student=student, batch_blocks=2)
-    result = train_online(task, task.config(tmp_path, distils=True, max_hours=3.5))
+    result = train_online(loaded(task), task.config(tmp_path, distils=True, max_hours=3.5))
     assert (result["steps"], result["seconds"]) == (4, 4 * 3600.0)
     assert rates == pytest.approx([1 - hours / 3.5 for hours in range(4)], abs=1e-4)
+
+
+def test_the_students_are_those_of_the_shipped_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    common = ["--teacher", "t", "--text", "t", "--held-out", "h", "--minutes", "1", "--work", "w"]
+    monkeypatch.setattr("sys.argv", ["budget", *common])
+    students = budget._students(budget._options())
+    assert len(students) == 3
+    for student in students.values():
+        task = Task(cache="c", teacher="t", student=student, batch_blocks=2)
+        config = task.config(Path("out"), distils=True, max_hours=1.0)
+        assert (config.kl_weight, config.batch_blocks, config.learning_rate) == (0.9, 2, 6e-4)
+        assert config.num_layers in (4, 6)
+    monkeypatch.setattr("sys.argv", ["budget", *common, "--students", "layers-99"])
+    with pytest.raises(SystemExit, match="layers-99"):
+        budget._students(budget._options())
 
 
 @pytest.mark.parametrize(
@@ -162,6 +183,7 @@ def test_the_budget_benchmark_charges_the_first_student_and_goes_on(
         assert (result["data_s"], result["spent_s"] - result["process_s"]) == (paid, pytest.approx(paid, abs=1e-2))
         assert (result["kl_to_teacher"] > 0.001) == (student == "one"), "the other is all of the teacher"
     assert results["one", CACHED]["data"]["tokens"] == 4 * T
+    assert report["encoding"]["prototypes"] == 3
     # What is there is not done again, and other settings are another folder's.
     monkeypatch.setattr(budget, "Process", None)
     assert run(budget, capsys, monkeypatch, *arguments)["results"] == report["results"]
