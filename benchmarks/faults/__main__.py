@@ -20,6 +20,7 @@ from typing import Any
 
 from benchmarks.faults.changes import change_campaign
 from benchmarks.faults.disk import disk_campaign
+from benchmarks.faults.fuzz import fuzz_campaign
 from benchmarks.faults.kills import capture_settings, kill_campaign
 from benchmarks.faults.power import power_campaign
 from benchmarks.faults.races import race_campaign
@@ -35,6 +36,7 @@ def main() -> None:
     parser.add_argument("--power-resumes", type=int, default=20)
     parser.add_argument("--disk-errors", type=int, default=20)
     parser.add_argument("--races", type=int, default=50)
+    parser.add_argument("--fuzzed", type=int, default=2_000)
     parser.add_argument("--tokens", type=int, default=16_384)
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--encoding", choices=ENCODINGS, default=DEFAULT_ENCODING)
@@ -47,6 +49,7 @@ def main() -> None:
         report["kill"] = kill_campaign(folder, *kills, random.Random(options.seed))
         report["change"] = change_campaign(folder / "clean", options.changes, random.Random(options.seed))
         report["race"] = race_campaign(folder / "clean", folder, options.races, random.Random(options.seed))
+        report["fuzz"] = fuzz_campaign(folder / "clean", folder, options.fuzzed, random.Random(options.seed))
         settings = capture_settings(options.tokens, options.encoding)
         report["power"] = power_campaign(folder, settings, options.power_states, options.power_resumes, options.seed)
         report["disk"] = disk_campaign(folder, settings, options.disk_errors, random.Random(options.seed))

@@ -52,6 +52,7 @@ def test_the_fault_campaign_counts_what_is_lost(
     assert report["disk"]["wrong"] == 0
     assert report["disk"]["refused"] > 0
     assert (report["race"]["races"], report["race"]["wrong"]) == (2, 0)
+    assert (report["fuzz"]["inputs"], report["fuzz"]["untyped"]) == (200, 0)
 
 
 @pytest.mark.slow
