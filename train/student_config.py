@@ -108,7 +108,9 @@ def student_config(
         found = "no such architecture" if isinstance(error, ValueError) else first_line(error)
         raise BadInputError("bad-student-config", f"model_type {model_type}", found=found) from None
     known = _known_overrides(default, {key: value for key, value in overrides.items() if key != "model_type"})
-    base = {"vocab_size": teacher.vocab_size, "eos_token_id": eos_token_id, "pad_token_id": None}
+    # Some masked language models count their positions from the padding.
+    pad = teacher.pad_token_id if is_masked_lm(teacher) else None
+    base = {"vocab_size": teacher.vocab_size, "eos_token_id": eos_token_id, "pad_token_id": pad}
     base["bos_token_id"] = getattr(teacher, "bos_token_id", None)
     return _config_of(type(default), {config_key(default, key): value for key, value in base.items()} | known), {}
 
