@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal, Self
+from dataclasses import dataclass, fields
+from typing import Any, Literal, Self
 
 import numpy as np
 from pydantic import Field, model_validator
 
 from cache_spec.errors import CacheError
 from cache_spec.record import Record
-from cache_spec.targets import Array
+from cache_spec.targets import Array, Targets
 
 SELECTED, REPLACEMENTS = "selected", "replacement_ids"
 MIN_BLOCK_TOKENS = 3
@@ -103,6 +103,20 @@ def masked_text(
         selected_BT=is_selected_BT,
         kept_BT=info.kept(selected_BT, lengths_B),
     )
+
+
+def places(kept_BT: Array) -> Array:
+    """int64 [B, T]: which of a block's kept positions each one is, or the last before it, or else the first."""
+    place_BT: Array = np.maximum(kept_BT.cumsum(axis=1) - 1, 0)
+    return place_BT
+
+
+def at_positions(targets: Targets, kept_BT: Array) -> Targets:
+    """Decoded targets of kept positions, which are stored one after the other, each at its own position."""
+    place_BT, block_B1 = places(kept_BT), np.arange(len(kept_BT))[:, None]
+    arrays: dict[str, Any] = {field.name: getattr(targets, field.name) for field in fields(targets)}
+    moved: dict[str, Any] = {n: None if array is None else array[block_B1, place_BT] for n, array in arrays.items()}
+    return type(targets)(**moved)
 
 
 def real_positions(lengths_B: Array, num_tokens: int) -> Array:

@@ -24,7 +24,7 @@ from cache_spec.encodings.topk import checked_ids
 from cache_spec.errors import BadInputError, CacheError
 from cache_spec.layout import ArraySpec, array_specs, target_arrays
 from cache_spec.manifest import Manifest
-from cache_spec.masking import REPLACEMENTS, SELECTED, MaskedText, checked_masking, masked_text
+from cache_spec.masking import REPLACEMENTS, SELECTED, MaskedText, at_positions, checked_masking, masked_text
 from cache_spec.receipts import Receipt, read_manifest, read_receipt, read_seal, small_file_errors, unfinished
 from cache_spec.shardfile import decode_chunk, decode_index, index_bytes
 from cache_spec.tables import read_table
@@ -152,12 +152,16 @@ class CacheReader:
         stored = {name: self.read(name, blocks) for name in self._target_names}
         input_ids_BT = checked_ids(self.read("input_ids", blocks), geometry, f"{self.path} input_ids")
         lengths_B = self.lengths(blocks)
+        masked = self._masked(blocks, input_ids_BT, lengths_B)
+        targets = manifest.encoding.decode(stored, geometry, at, self.path, self.prepared)
+        if masked is not None and manifest.masking is not None and manifest.masking.positions == "masked":
+            targets = at_positions(targets, masked.kept_BT)
         return TargetBatch(
             input_ids_BT=input_ids_BT,
             lengths_B=lengths_B,
-            targets=manifest.encoding.decode(stored, geometry, at, self.path, self.prepared),
+            targets=targets,
             hidden_BWD=self._hidden(blocks) if manifest.hidden and with_hidden else None,
-            masked=self._masked(blocks, input_ids_BT, lengths_B),
+            masked=masked,
         )
 
     def masked(self, blocks: Sequence[int] | Array) -> MaskedText | None:

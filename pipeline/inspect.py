@@ -56,7 +56,8 @@ def inspect_cache(cache: Path) -> dict[str, Any]:
         entropy_nats += float(rows["block_entropy"] @ kept_BT.sum(1))
         if isinstance(encoding, Head):
             odds_BMT = decode_odds(rows["tail_log_odds"], encoding.odds_step_nats).astype(np.float64)
-            tail_mass_M += ((1 / (1 + np.exp(-odds_BMT))) * kept_BT[:, None]).sum((0, 2))
+            stored_BT = real_positions(kept_BT.sum(1), kept_BT.shape[1])
+            tail_mass_M += ((1 / (1 + np.exp(-odds_BMT))) * stored_BT[:, None]).sum((0, 2))
     table_bytes = {
         part.name: sum((cache / path).stat().st_size for path in table_files(part) if (cache / path).is_file())
         for part in encoding.tables(manifest.geometry)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from cache_spec.errors import BadInputError
-from cache_spec.masking import MaskedText, real_positions
+from cache_spec.masking import MaskedText, places, real_positions
 from cache_spec.targets import Array, id_dtype
 from pipeline.encoders.draws import uniforms
 from pipeline.encoders.spectrum import Encoded, Encoder, encode_logits
@@ -57,8 +57,8 @@ def encode_batch(
 
     ``lengths_B`` counts the real tokens of each block, at least 1; ``first_block`` is the index of the first block in
     the cache: draws depend on it; ``window`` is the pooling window of hidden states, None to keep none;
-    ``chunk_rows`` is how many rows' logits are held at once. Of ``masked`` blocks, kept positions alone are encoded;
-    the others repeat them. ``last_BTD`` is what is pooled, where the output head reads something else.
+    ``chunk_rows`` is how many rows' logits are held at once. Of ``masked`` blocks, kept positions alone are encoded,
+    and come first. ``last_BTD`` is what is pooled, where the output head reads something else.
     Raises BadInputError: ``k-above-vocabulary``, ``bad-window``, ``non-finite-logits``,
     ``non-finite-normaliser``, ``hidden-overflow``.
     """
@@ -72,31 +72,32 @@ def encode_batch(
     assert lengths_B.min() >= 1
     assert lengths_B.max() <= num_tokens
 
+    entries_N: Array | slice = slice(None)
+    places_N: Array | slice = slice(None)
     if masked is None:
-        chosen, source_N = _Rows(torch.arange(input_ids_BT.size), _next_ids(input_ids_BT)), None
+        chosen = _Rows(torch.arange(input_ids_BT.size), _next_ids(input_ids_BT))
         predicted_BT = real_positions(lengths_B.astype(np.int64) - 1, num_tokens)
         kept_BT = real_positions(lengths_B, num_tokens)
     else:
-        chosen, source_N = _kept_rows(masked.kept_BT, input_ids_BT)
+        chosen, entries_N, places_N = _kept_rows(masked.kept_BT, input_ids_BT)
         predicted_BT, kept_BT = masked.selected_BT, masked.kept_BT
     rows = _encode_rows(encoder, head, hidden_BTD.flatten(0, 1), chosen, num_tokens, first_block, chunk_rows)
 
-    def per_token(values_N: torch.Tensor) -> Array:
-        array: Array = values_N.cpu().numpy()
-        array = array if source_N is None else array[source_N]
+    def of_blocks(values_N: torch.Tensor, order_N: Array | slice) -> Array:
+        array: Array = values_N.cpu().numpy()[order_N]
         return array.reshape(num_blocks, num_tokens, *array.shape[1:])
 
     # Any NaN or inf among a row's logits makes its entropy NaN: a term p * log p has it as a factor.
-    entropy_BT = per_token(rows.entropy_R)
+    entropy_BT = of_blocks(rows.entropy_R, places_N)
     _refuse_non_finite("non-finite-logits", entropy_BT, first_block)
-    _refuse_non_finite("non-finite-normaliser", per_token(rows.log_z_RM), first_block)
+    _refuse_non_finite("non-finite-normaliser", of_blocks(rows.log_z_RM, places_N), first_block)
     arrays = {
         "input_ids": input_ids_BT.astype(id_dtype(vocab_size)),
         "block_lengths": lengths_B.astype(np.uint32),
-        "block_loss": _mean(per_token(rows.loss_R), predicted_BT),
+        "block_loss": _mean(of_blocks(rows.loss_R, places_N), predicted_BT),
         "block_entropy": _mean(entropy_BT, kept_BT),
     }
-    arrays |= encoder.stored({name: per_token(values_N) for name, values_N in rows.columns.items()})
+    arrays |= encoder.stored({name: of_blocks(values_N, entries_N) for name, values_N in rows.columns.items()})
     if window is not None:
         pooled_BWD = pool_hidden(
             hidden_BTD if last_BTD is None else last_BTD, torch.from_numpy(lengths_B.astype(np.int64)), window
@@ -185,18 +186,20 @@ def _next_ids(input_ids_BT: Array) -> torch.Tensor:
     return torch.from_numpy(np.roll(input_ids_BT, -1, axis=1).astype(np.int64).reshape(-1))
 
 
-def _kept_rows(kept_BT: Array, input_ids_BT: Array) -> tuple[_Rows, Array]:
-    """The kept positions of masked blocks, a block's first one where it has none, and which of them each one repeats.
+def _kept_rows(kept_BT: Array, input_ids_BT: Array) -> tuple[_Rows, Array, Array]:
+    """The kept positions of masked blocks, position 0 of a block without any; and which of them stands where, [B*T].
 
-    That is the last one before it, or else the first of its block: in the cache such runs take next to no bytes.
+    First for what is stored: a block's own in their order, and then the last one again. Then for each position its own,
+    or that of the last kept one before it.
     """
     kept_BT = kept_BT.copy()
     kept_BT[:, 0] |= ~kept_BT.any(1)
     row_N = torch.from_numpy(kept_BT.reshape(-1).nonzero()[0])
-    ends_B = kept_BT.sum(1).cumsum()
-    source_BT = np.maximum(kept_BT.cumsum().reshape(kept_BT.shape) - 1, (ends_B - kept_BT.sum(1))[:, None])
     gold_N = torch.from_numpy(input_ids_BT.astype(np.int64).reshape(-1))[row_N]
-    return _Rows(row_N, gold_N), source_BT.reshape(-1)
+    number_B = kept_BT.sum(1)
+    first_B1 = (number_B.cumsum() - number_B)[:, None]
+    entry_BT = np.minimum(np.arange(kept_BT.shape[1]), number_B[:, None] - 1)
+    return _Rows(row_N, gold_N), (first_B1 + entry_BT).reshape(-1), (first_B1 + places(kept_BT)).reshape(-1)
 
 
 def _mean(values_BT: Array, real_BT: Array) -> Array:

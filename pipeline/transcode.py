@@ -177,7 +177,8 @@ class Transcoding:
         old, new = self.source.encoding, self.manifest.encoding
         stored = {part.name: self.reader.read(part.name, blocks) for part in old.arrays(self.source.geometry)}
         if isinstance(old, Hidden) and isinstance(new, Hidden) and old.dtype != new.dtype:
-            codes_BTD, scale_BT = encode_int8(self.hidden(blocks))
+            states = old.decode(stored, self.source.geometry, 0, self.reader.path)
+            codes_BTD, scale_BT = encode_int8(states.hidden_BTD.astype(np.float32))
             return {"last_hidden": codes_BTD, "last_hidden_scale": scale_BT}
         if isinstance(old, Head) and isinstance(new, Head) and (old != new or isinstance(new, Prototype)):
             return self._head_arrays(old, new, stored, tables)

@@ -123,7 +123,7 @@ def make_rows(manifest: Manifest, text: Text, tables: dict[str, Array]) -> dict[
         rows |= {"selected": selected_NT.astype(np.uint8), "replacement_ids": read_NT.astype(geometry.id_dtype)}
         rows |= {"block_loss": _mean(own_loss_NT, selected_NT), "block_entropy": _mean(entropy_NT, kept_NT)}
         axes = {part.name: 1 + part.dims.index("token") for part in manifest.encoding.arrays(geometry)}
-        targets = {name: _repeated(values, axes[name], kept_NT) for name, values in targets.items()}
+        targets = {name: _kept_first(values, axes[name], kept_NT) for name, values in targets.items()}
     rows |= targets
     if manifest.hidden:
         window, width = manifest.hidden.window, geometry.hidden_size
@@ -204,14 +204,13 @@ def masked(info: MaskingInfo, input_ids_NT: Array, lengths_N: Array, vocab_size:
     return selected_NT, read_NT
 
 
-def _repeated(values: Array, axis: int, kept_NT: Array) -> Array:
-    """The same with each kept position's values repeated up to the next kept one: rule Q-4."""
+def _kept_first(values: Array, axis: int, kept_NT: Array) -> Array:
+    """The same with kept positions' values in front, in their order, and the last one's up to the end: rule Q-4."""
     out = values.copy()
     for rows, kept_T in zip(np.moveaxis(out, axis, 1), kept_NT, strict=True):
-        kept = [*kept_T.nonzero()[0]] or [0]
-        before = rows.copy()
-        for position in range(len(kept_T)):
-            rows[position] = before[max([at for at in kept if at <= position], default=kept[0])]
+        kept, before = [*kept_T.nonzero()[0]] or [0], rows.copy()
+        for entry in range(len(kept_T)):
+            rows[entry] = before[kept[min(entry, len(kept) - 1)]]
     return out
 
 
