@@ -14,12 +14,17 @@ from cache_spec.validate import verify_cache
 from pipeline.capture import capture
 from pipeline.config import CaptureConfig
 from tests.models import ENCODINGS, make_folder, write_words
+from tests.processes import on_ranks
 from tests.refusals import refusal
-from tests.runs import assert_same_run, metric_lines
+from tests.runs import assert_same_run, metric_lines, weights_of
 from train.config import TrainConfig
+from train.dataset import CacheDataset
+from train.distiller import Distiller, LossWeights
 from train.evaluate import evaluate_models
 from train.evaluate_config import EvaluateConfig
 from train.loop import train
+from train.run import first_student
+from train.trainer import KDTrainer
 
 VOCABULARY = 60
 
@@ -189,3 +194,53 @@ def test_students_and_caches_of_two_kinds_are_refused(tmp_path: Path, cache: Pat
     assert refusal(evaluated, causal_teacher, cache=cache).kind == "not-a-masked-lm"
     assert refusal(evaluated, teacher, cache=causal).kind == "not-a-causal-lm"
     assert refusal(evaluated, teacher, text=(str(text),)).kind == "not-a-causal-lm"
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_ranks_train_what_one_would(tmp_path: Path, cache: Path, teacher: Path, strategy: str) -> None:
+    shared: dict[str, Any] = {"max_steps": 3, "dropout": 0.0, "batch_blocks": 3, "learning_rate": 1e-3}
+    train(settings(cache, teacher, tmp_path / "one", accumulate=2, **shared), quiet=True)
+    two = settings(cache, teacher, tmp_path / "two", strategy=strategy, **shared)
+    on_ranks(2, lambda _: train(two, quiet=True))
+    ours, theirs = weights_of(tmp_path / "one"), weights_of(two.out)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        torch.testing.assert_close(theirs[name], tensor, rtol=1e-3, atol=2e-5, msg=name)
+
+
+def test_a_trainer_of_ones_own_has_the_loss_of_our_loop(tmp_path: Path, cache: Path, teacher: Path) -> None:
+    config = settings(cache, teacher, tmp_path / "run", max_steps=2, dropout=0.0, batch_blocks=4, accumulate=2)
+    config = config.model_copy(update={"kl_positions": "masked", "seed": 3, "warmup": 0.0, "schedule": "constant"})
+    train(config, quiet=True)
+    reader = CacheReader.open(cache)
+    weights = LossWeights(kl=config.kl_weight, ce=config.ce_weight, cosine=config.cosine_weight)
+    student = first_student(config, reader).model
+    for module in student.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path / "trainer"),
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        max_steps=2,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type="constant",
+        adam_beta2=config.adam_beta2,
+        adam_epsilon=config.adam_epsilon,
+        logging_steps=1,
+        seed=3,
+        use_cpu=True,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    trainer = KDTrainer(
+        Distiller.of_cache(reader, student, weights=weights, temperature=2.0),
+        arguments,
+        train_dataset=CacheDataset(cache, temperature=2.0, masked_only=True),
+    )
+    trainer.train()
+    theirs = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    ours = [line["loss"] for line in metric_lines(config.out) if "loss" in line]
+    assert theirs == pytest.approx(ours, rel=1e-3)
