@@ -197,6 +197,19 @@ def test_the_teacher_never_reads_padding(tmp_path: Path) -> None:
     assert not torch.allclose(whole[0, :7], whole[1, :7], atol=1e-3), "it reads both ways"
 
 
+def test_a_teacher_that_does_more_to_its_logits_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_folder(tmp_path / "teacher", "bert", spread=4.0)
+    original: Any = transformers.AutoModelForMaskedLM.from_pretrained
+
+    def capped(*args: Any, **kwargs: Any) -> Any:
+        loaded = original(*args, **kwargs)
+        loaded[0].cls.register_forward_hook(lambda _module, _inputs, logits: 30 * torch.tanh(logits / 30))
+        return loaded
+
+    monkeypatch.setattr(transformers.AutoModelForMaskedLM, "from_pretrained", capped)
+    refused("unsupported-head", load_teacher, resolve_teacher(str(folder)), device="cpu")
+
+
 @pytest.mark.parametrize("encoding", ["topk", "sampled"])
 def test_a_cache_of_hidden_states_becomes_what_a_capture_would_have_made(tmp_path: Path, encoding: str) -> None:
     states = settings(tmp_path, encoding="hidden", out=tmp_path / "states")
