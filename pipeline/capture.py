@@ -43,12 +43,12 @@ def capture(config: CaptureConfig, *, quiet: bool = False) -> dict[str, Any]:
     with folder.exclusive(out) as existing:
         if existing is not None:
             refuse_differences(existing, source)
-            folder.restore(out, existing, lambda: _description(source))
+            folder.restore(out, existing, lambda: description(source))
             if folder.is_finished(out, existing):
                 logger.info("%s is finished already: %d blocks", out, existing.blocks.num_blocks)
                 folder.drop_staging(out)
                 return folder.summary(out, existing, captured=0)
-        run = _Run(source, _stage(source, quiet), quiet)
+        run = _Run(source, stage(source, quiet=quiet), quiet)
         if existing is None:
             manifest = folder.create(out, *run.start())
         else:
@@ -73,7 +73,7 @@ class _Run:
 
     def start(self) -> tuple[Manifest, dict[str, bytes], dict[str, Array]]:
         """Manifest, small files and tables of a cache that is begun."""
-        encoding, files = self.source.encoding, _description(self.source)
+        encoding, files = self.source.encoding, description(self.source)
         manifest = staged_manifest(self.source, self.staged, encoding)
         if not manifest.tables:
             return manifest, files, {}
@@ -128,7 +128,7 @@ class _Run:
                 capture_shard(config.out, manifest, self.staged, self.teacher, encoder, shard, bar.update)
 
 
-def _description(source: Source) -> dict[str, bytes]:
+def description(source: Source) -> dict[str, bytes]:
     """The tokenizer's files and the teacher's configuration, as a cache keeps them: path to content."""
     staging = source.config.out / STAGING_NAME / "description"
     shutil.rmtree(staging, ignore_errors=True)
@@ -140,7 +140,8 @@ def _description(source: Source) -> dict[str, bytes]:
     }
 
 
-def _stage(source: Source, quiet: bool) -> StagedBlocks:
+def stage(source: Source, *, quiet: bool) -> StagedBlocks:
+    """Tokenise the text into blocks beside the cache, or open those that an earlier run made."""
     config = source.config
     decides: dict[str, Any] = {
         "sources": [info.model_dump(mode="json") for info in source.corpus.sources],

@@ -1,7 +1,10 @@
-"""The part of the head loss that rows share: products of the student's head with shared distributions, made once.
+"""The part of the head loss that rows share.
 
-In: the student's head and what each row takes of which distribution u. Out: for each row the mean logit under u, which
-is one dot product, h @ (W.T @ u), and the gradients of all of them, with two products for the whole call.
+In: what each row takes of which distribution u. Out: for each row the mean logit under u, and the gradients of it.
+
+There are two ways to them, both exact. With products of the student's head and the distributions, made once for the
+call, a row's mean logit is a dot product of its state, h @ (W.T @ u). Or it is one of its logits, z @ u: rows then come
+in the order of their distributions, so that each u is read once for many rows of a chunk.
 
 Legend: N rows, C rows of a chunk, V vocabulary, D width, U distributions that occur.
 """
@@ -15,8 +18,12 @@ from torch import Tensor
 
 from train.loss_targets import SharedPart
 
+CPU_ROWS_PER_PRODUCT = 40
+"""A processor makes the products with one distribution in the time that the passes of about so many rows take (measured
+at V = 49,152 and D = 576 with float32)."""
 
-class SharedLogits:
+
+class SharedProducts:
     """Mean logits under shared distributions, and the sums that their gradients are made of."""
 
     def __init__(
@@ -59,3 +66,42 @@ class SharedLogits:
                 grad_weight_VD[: probs_UV.shape[1]].addmm_(probs_UV.T, self._sum_UD[piece])
             if grad_bias_V is not None:
                 grad_bias_V[: probs_UV.shape[1]].addmv_(probs_UV.T, self._sum_U[piece])
+
+
+class SharedRuns:
+    """The same without products: rows of one distribution stand together, and are met in runs."""
+
+    def __init__(self, shared: SharedPart) -> None:
+        self._probs_CV, self._tail_N = shared.tails.probs_CV, shared.tail_N
+
+    def logits(self, rows_C: Tensor, logits_CV: Tensor) -> Tensor:
+        """The mean of each row's logits under its shared distribution [C]."""
+        means_C = logits_CV.new_empty(len(rows_C))
+        for run, probs_V in self._runs(rows_C, logits_CV.dtype):
+            torch.mv(logits_CV[run], probs_V, out=means_C[run])
+        return means_C
+
+    def add_gradient(self, rows_C: Tensor, grad_CV: Tensor, scale_C: Tensor) -> None:
+        """Add the gradient of ``scale_C`` times those means to that on the logits."""
+        for run, probs_V in self._runs(rows_C, grad_CV.dtype):
+            grad_CV[run].addcmul_(scale_C[run].unsqueeze(1), probs_V)
+
+    def _runs(self, rows_C: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+        tails_R, counts_R = self._tail_N[rows_C].unique_consecutive(return_counts=True)
+        start = 0
+        for tail, count in zip(tails_R.tolist(), counts_R.tolist(), strict=True):
+            yield slice(start, start + count), self._probs_CV[tail].to(dtype)
+            start += count
+
+
+def in_runs(shared: SharedPart, active_rows: Tensor) -> Tensor:
+    """The rows, those of one distribution beside each other."""
+    return active_rows[shared.tail_N[active_rows].argsort(stable=True)]
+
+
+def products_pay(shared: SharedPart, active_rows: Tensor) -> bool:
+    """Whether products with the distributions cost less than a pass over each row's logits."""
+    if active_rows.device.type != "cpu":
+        # Runs are many small kernels there.
+        return True
+    return len(active_rows) > CPU_ROWS_PER_PRODUCT * len(shared.tail_N[active_rows].unique())

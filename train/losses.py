@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from cache_spec.errors import BadInputError
 from train.loss_chunks import Pull, TeacherLogits, chunk_terms, softcap_
 from train.loss_divergences import FORWARD_KL, Divergence
-from train.loss_shared import SharedLogits
+from train.loss_shared import SharedProducts, SharedRuns, in_runs, products_pay
 from train.loss_targets import (
     NO_LABEL,
     Bounded,
@@ -120,12 +120,11 @@ def head_loss(
     For ``BucketTargets`` the sum is over the head and one bucket of all other tokens. Of ``LinearTargets``, whose
     weights may be negative, p * log(p) is what ``self_nats_N`` says. ``divergence`` puts another in the place of kl:
     ``js`` of ``LinearTargets`` makes them dense for a chunk and needs targets that are distributions; ``reverse`` does
-    not take them, whose zeros would make it infinite. With a ``softcap`` z is softcap * tanh(z / softcap) of that; the
-    mean logit under a shared distribution is then no dot product of states, and costs passes over the vocabulary.
-    ``labels_N`` is int64 with -100 where there is
-    none; ``kl_mask_N`` is bool. Rows with neither are not computed, nor is a term whose scale is 0. Matrix products of
-    rows (the teacher's in ``DenseTargets`` too) run in the inputs' dtype or autocast's, everything else in float32, or
-    in float64 for float64 inputs. The gradient is computed in the forward pass, so it cannot be differentiated again.
+    not take them, whose zeros would make it infinite. With a ``softcap`` z is softcap * tanh(z / softcap) of that.
+    ``labels_N`` is int64 with -100 where there is none; ``kl_mask_N`` is bool. Rows with neither are not computed, nor
+    is a term whose scale is 0. Matrix products of rows (the teacher's in ``DenseTargets`` too) run in the inputs' dtype
+    or autocast's, everything else in float32, or in float64 for float64 inputs. The gradient is computed in the forward
+    pass, so it cannot be differentiated again.
     Where the student gives the whole bucket less than the smallest float32, the bucket's gradient is zero.
 
     Raises:
@@ -226,10 +225,13 @@ def _run_chunks(
     if relative_ce > 0:
         active_N |= labels_N != NO_LABEL
     active_rows = active_N.nonzero().squeeze(1)
-    shared, teacher = None, None
+    products, runs, teacher = None, None, None
     part = targets.shared if isinstance(targets, LinearTargets) and settings.divergence.kind == "forward" else None
-    if relative_kl > 0 and part is not None and settings.softcap is None:
-        shared = SharedLogits(part, active_rows, *head.to(wide), settings.chunk_rows)
+    if relative_kl > 0 and part is not None:
+        if settings.softcap is None and products_pay(part, active_rows):
+            products = SharedProducts(part, active_rows, *head.to(wide), settings.chunk_rows)
+        else:
+            runs, active_rows = SharedRuns(part), in_runs(part, active_rows)
     if relative_kl > 0 and isinstance(targets, DenseTargets):
         teacher = _Head(targets.weight_VD, targets.bias_V).to(dtype)
     head = head.to(dtype)
@@ -239,14 +241,13 @@ def _run_chunks(
         hidden_CD, mask_C = hidden_ND[rows_C].to(dtype), kl_mask_N[rows_C]
         wide_CD = hidden_CD.to(wide)
         logits_CV = head.logits(hidden_CD).to(wide)
-        slope_CV, tail_CV, shared_logit_C = None, None, None
+        slope_CV, shared_logit_C = None, None
         if settings.softcap is not None:
             slope_CV = softcap_(logits_CV, settings.softcap)
-        if shared is not None:
-            shared_logit_C = shared.logits(rows_C, wide_CD)
-        elif relative_kl > 0 and part is not None:
-            tail_CV = part.tails.probs_CV[part.tail_N[rows_C]].to(wide)
-            shared_logit_C = torch.einsum("cv,cv->c", tail_CV, logits_CV)
+        if products is not None:
+            shared_logit_C = products.logits(rows_C, wide_CD)
+        elif runs is not None:
+            shared_logit_C = runs.logits(rows_C, logits_CV)
         pull = Pull(
             targets=_rows(targets, teacher, rows_C, mask_C, settings.temperature, wide),
             shared_logit_C=shared_logit_C,
@@ -261,20 +262,20 @@ def _run_chunks(
         terms = chunk_terms(logits_CV, pull)
         kl_sum += terms.kl_sum
         ce_sum += terms.ce_sum
-        if terms.grad_CV is not None and tail_CV is not None and terms.shared_scale_C is not None:
-            terms.grad_CV.addcmul_(tail_CV, terms.shared_scale_C.unsqueeze(1))
+        if terms.grad_CV is not None and runs is not None and terms.shared_scale_C is not None:
+            runs.add_gradient(rows_C, terms.grad_CV, terms.shared_scale_C)
         if terms.grad_CV is not None and slope_CV is not None:
             terms.grad_CV.mul_(slope_CV)
         if terms.grad_CV is not None:
             gradients.add(rows_C, terms.grad_CV, hidden_CD, head.weight_VD)
-        if terms.grad_CV is not None and shared is not None and terms.shared_scale_C is not None:
-            grad_CD = shared.pull(rows_C, wide_CD, terms.shared_scale_C)
+        if terms.grad_CV is not None and products is not None and terms.shared_scale_C is not None:
+            grad_CD = products.pull(rows_C, wide_CD, terms.shared_scale_C)
             if gradients.hidden_ND is not None:
                 gradients.hidden_ND[rows_C] += grad_CD.to(hidden_ND.dtype)
         # Or else they would still be there while the next chunk's are made.
-        del logits_CV, slope_CV, tail_CV, pull, terms
-    if shared is not None and wants_gradient:
-        shared.add_head_gradients(gradients.weight_VD, gradients.bias_V)
+        del logits_CV, slope_CV, pull, terms
+    if products is not None and wants_gradient:
+        products.add_head_gradients(gradients.weight_VD, gradients.bias_V)
     return kl_sum, ce_sum
 
 

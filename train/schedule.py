@@ -45,6 +45,18 @@ def learning_rate(
     return peak * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
+def rate_at(config: TrainConfig, step: int, total_steps: int) -> float:
+    """Return the learning rate of optimizer step ``step`` that the settings say."""
+    return learning_rate(
+        step,
+        total_steps,
+        peak=config.learning_rate,
+        schedule=config.schedule,
+        warmup=config.warmup,
+        cooldown=config.cooldown,
+    )
+
+
 class WeightSchedule(NamedTuple):
     """How the factor of a loss weight changes over a run."""
 

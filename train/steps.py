@@ -26,7 +26,7 @@ from train.order import IndexArray
 from train.parallel import one_pass, whole
 from train.ranks import Ranks
 from train.run import Run, autocast
-from train.schedule import learning_rate, scheduled_weights, weights_at
+from train.schedule import rate_at, scheduled_weights, weights_at
 from train.student_modes import compiling
 
 _GO_ON, _STOP, _FAIL = range(3)
@@ -117,14 +117,7 @@ def set_schedules(run: Run) -> float:
     config = run.config
     total_steps = run.plan.total_steps
     step = schedule_step(run.position.step, total_steps, seconds=run.position.seconds, max_hours=config.max_hours)
-    rate = learning_rate(
-        step,
-        total_steps,
-        peak=config.learning_rate,
-        schedule=config.schedule,
-        warmup=config.warmup,
-        cooldown=config.cooldown,
-    )
+    rate = rate_at(config, step, total_steps)
     run.distiller.weights = weights_at(config, run.distiller.peak_weights, step, total_steps)
     for group in run.optimizer.param_groups:
         group["lr"] = rate

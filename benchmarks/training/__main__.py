@@ -164,7 +164,10 @@ def main() -> None:
         raise SystemExit("error: --steps must be at least 2: the first of each turn is not counted")
     names = list(options.only or (name for name in CONTENDERS if name != "read"))
     task = Task(
-        cache=options.cache, teacher=options.teacher, num_layers=options.layers, batch_blocks=options.batch_blocks
+        cache=options.cache,
+        teacher=options.teacher,
+        student={"num_layers": options.layers},
+        batch_blocks=options.batch_blocks,
     )
     manifest = CacheReader.open(Path(task.cache)).manifest
     environment = {"OMP_NUM_THREADS": str(options.threads), "PYTHONPATH": str(options.trl)}

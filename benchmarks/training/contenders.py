@@ -34,11 +34,14 @@ from transformers import (
 from cache_spec.reader import CacheReader
 from train.batches import MicroBatch, micro_batches
 from train.config import TrainConfig
+from train.family_config import CONTROL_SETTINGS
 from train.loop import train
 from train.run import first_student, step_plan
 from train.run_folder import read_metrics
 
 KL_WEIGHT, CE_WEIGHT = 0.9, 0.1
+# More than any run comes to: what ends it is something else.
+_EPOCHS = 1 << 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,28 +51,32 @@ class Task:
     cache: str
     teacher: str
     """Folder of the cache's teacher."""
-    num_layers: int
-    """Of the teacher's, that the student starts from."""
+    student: dict[str, Any]
+    """Settings of ``kdpipe train-student`` that describe it and how it learns."""
     batch_blocks: int
 
-    def config(self, out: Path, *, steps: int, distils: bool) -> TrainConfig:
-        """The product's settings."""
-        return TrainConfig(
-            cache=Path(self.cache),
-            out=out,
-            teacher=self.teacher,
-            num_layers=self.num_layers,
-            kl_weight=KL_WEIGHT if distils else 0.0,
-            ce_weight=CE_WEIGHT if distils else 1.0,
-            batch_blocks=self.batch_blocks,
-            epochs=1 << 16,
-            max_steps=steps,
-            checkpoint_every=steps,
-            log_every=1,
-            tensorboard=False,
-            device="cpu",
-            precision="fp32",
-        )
+    def config(
+        self, out: Path, *, distils: bool, max_steps: int | None = None, max_hours: float | None = None
+    ) -> TrainConfig:
+        """The product's settings; what all contenders have in common stands above the student's own."""
+        common = {
+            "cache": self.cache,
+            "out": out,
+            "teacher": self.teacher,
+            "temperature": 1.0,
+            "batch_blocks": self.batch_blocks,
+            "accumulate": 1,
+            "epochs": _EPOCHS,
+            "max_steps": max_steps,
+            "max_hours": max_hours,
+            "checkpoint_every": max_steps or _EPOCHS,
+            "log_every": 1,
+            "tensorboard": False,
+            "device": "cpu",
+            "precision": "fp32",
+        }
+        weights = {"kl_weight": KL_WEIGHT, "ce_weight": CE_WEIGHT} if distils else {}
+        return TrainConfig.model_validate({**self.student, **CONTROL_SETTINGS, **weights, **common})
 
 
 class Contender(ABC):
@@ -85,16 +92,17 @@ class Contender(ABC):
 
     def student(self) -> PreTrainedModel:
         """What every contender starts from."""
-        student = first_student(self.task.config(Path("-"), steps=1, distils=False), self.reader).model
+        student = first_student(self.task.config(Path("-"), distils=False), self.reader).model
         student.train()
         return student
 
     def batches(self, steps: int) -> Iterator[Tensor]:
         """int64 ids [B, T], as the product reads them, which is done before time is taken."""
-        return iter([micro.batch.input_ids_BT.long() for micro in self._micro_batches(steps, with_hidden=False)])
+        config = self.task.config(Path("-"), distils=False, max_steps=steps)
+        return iter([micro.batch.input_ids_BT.long() for micro in self.micro_batches(config)])
 
-    def _micro_batches(self, steps: int, *, with_hidden: bool) -> Iterator[MicroBatch]:
-        config = self.task.config(Path("-"), steps=steps, distils=False)
+    def micro_batches(self, config: TrainConfig, *, with_hidden: bool = False) -> Iterator[MicroBatch]:
+        """What the product reads with these settings, in its order; each is a whole step."""
         return micro_batches(
             self.reader,
             step_plan(config, self.reader),
@@ -115,7 +123,7 @@ class Product(Contender):
         """``wait_s`` has the time that each step waited for its data."""
         folder = Path(tempfile.mkdtemp(prefix="kdpipe-training-"))
         try:
-            train(self.task.config(folder / "run", steps=steps, distils=self.distils), quiet=True)
+            train(self.task.config(folder / "run", distils=self.distils, max_steps=steps), quiet=True)
             lines = read_metrics(folder / "run")
         finally:
             shutil.rmtree(folder)
@@ -173,7 +181,7 @@ class TrainerCrossEntropy(Contender):
         )
 
     def _arguments(self, folder: str, steps: int) -> dict[str, Any]:
-        config = self.task.config(Path(folder), steps=steps, distils=False)
+        config = self.task.config(Path(folder), distils=False, max_steps=steps)
         return {
             "output_dir": folder,
             "per_device_train_batch_size": self.task.batch_blocks,
@@ -233,38 +241,47 @@ def _collate_lists(rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
 class OnlineLoop(Contender):
     """A plain PyTorch loop with the teacher in memory and the whole logits of both."""
 
+    def load(self) -> None:
+        """Student, teacher and optimizer."""
+        self.model, self.teacher = self.student(), load_teacher(self.task)
+        config = self.task.config(Path("-"), distils=True)
+        self.max_norm = config.max_grad_norm
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(),
+            lr=config.learning_rate,
+            betas=(config.adam_beta1, config.adam_beta2),
+            eps=config.adam_epsilon,
+            weight_decay=0.0,
+        )
+
     def turn(self, steps: int) -> dict[str, Any]:
         """Every turn goes on with the same student."""
         if not hasattr(self, "model"):
-            self.model, self.teacher = self.student(), load_teacher(self.task)
-            config = self.task.config(Path("-"), steps=steps, distils=True)
-            self.max_norm = config.max_grad_norm
-            self.optimizer = torch.optim.AdamW(
-                self.model.parameters(),
-                lr=config.learning_rate,
-                betas=(config.adam_beta1, config.adam_beta2),
-                eps=config.adam_epsilon,
-                weight_decay=0.0,
-            )
+            self.load()
         step_s = []
         for ids_BT in self.batches(steps):
             began = time.perf_counter()
-            with torch.no_grad():
-                teacher_NV = self.teacher(ids_BT).logits.flatten(0, 1)
-            logits_BTV = self.model(ids_BT).logits
-            kl = F.kl_div(
-                logits_BTV.flatten(0, 1).log_softmax(1),
-                teacher_NV.log_softmax(1),
-                log_target=True,
-                reduction="batchmean",
-            )
-            ce = F.cross_entropy(logits_BTV[:, :-1].flatten(0, 1), ids_BT[:, 1:].flatten())
-            (KL_WEIGHT * kl + CE_WEIGHT * ce).backward()
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.max_norm)
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
+            self.step(ids_BT)
             step_s.append(time.perf_counter() - began)
         return {"step_s": step_s}
+
+    def step(self, ids_BT: Tensor) -> None:
+        """One optimizer step on whole blocks."""
+        logits_BTV = self.model(ids_BT).logits
+        with torch.no_grad():
+            # Students have the real vocabulary, without the rows that pad a teacher's.
+            teacher_NV = self.teacher(ids_BT).logits.flatten(0, 1)[:, : logits_BTV.shape[2]]
+        kl = F.kl_div(
+            logits_BTV.flatten(0, 1).log_softmax(1),
+            teacher_NV.log_softmax(1),
+            log_target=True,
+            reduction="batchmean",
+        )
+        ce = F.cross_entropy(logits_BTV[:, :-1].flatten(0, 1), ids_BT[:, 1:].flatten())
+        (KL_WEIGHT * kl + CE_WEIGHT * ce).backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.max_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
 
 
 class TeacherForward(Contender):
@@ -289,7 +306,7 @@ class Reading(Contender):
     def turn(self, steps: int) -> dict[str, Any]:
         """Batches as tensors, in training order."""
         step_s, tokens = [], 0
-        items = self._micro_batches(steps, with_hidden=True)
+        items = self.micro_batches(self.task.config(Path("-"), distils=False, max_steps=steps), with_hidden=True)
         began = time.perf_counter()
         for micro in items:
             tokens += int(micro.batch.lengths_B.sum())
