@@ -82,16 +82,12 @@ def verify_cache(cache: Path, on_shard: Callable[[int], object] = lambda shard: 
         tokens = hashlib.sha256()
         num_readable = num_tokens = 0
         for shard in range(manifest.blocks.num_shards):
-            with problems.collecting():
-                receipt = read_receipt(cache, manifest, shard)
-                if receipt is not None:
-                    arrays, unreadable = _read_shard(cache, manifest, receipt)
-                    problems += unreadable
-                    problems += _meaning_problems(manifest, receipt, arrays, cache)
-                    if "input_ids" in arrays:
-                        num_readable += "block_lengths" in arrays
-                        num_tokens += int(arrays.get("block_lengths", np.zeros(1)).sum())
-                        tokens.update(np.ascontiguousarray(arrays["input_ids"], dtype="<u4").tobytes())
+            read = check_shard(cache, manifest, shard)
+            problems += read.problems
+            if "input_ids" in read.arrays:
+                num_readable += "block_lengths" in read.arrays
+                num_tokens += int(read.arrays.get("block_lengths", np.zeros(1)).sum())
+                tokens.update(np.ascontiguousarray(read.arrays["input_ids"], dtype="<u4").tobytes())
             on_shard(shard)
         if num_readable == manifest.blocks.num_shards and tokens.hexdigest() != manifest.corpus.tokens_sha256:
             problems.append(Problem("corpus-mismatch", str(cache), manifest.corpus.tokens_sha256, tokens.hexdigest()))
@@ -105,6 +101,30 @@ def verify_cache(cache: Path, on_shard: Callable[[int], object] = lambda shard: 
         if digest != seal.receipts_sha256:
             raise CacheError("seal-mismatch", cache / SEAL_NAME, expected=seal.receipts_sha256, found=digest)
     return problems
+
+
+class ShardCheck(NamedTuple):
+    """A shard that was read whole."""
+
+    receipt: Receipt | None
+    """None for a shard that was never committed, or whose receipt is broken."""
+    arrays: dict[str, Array]
+    """Those whose files are whole."""
+    problems: list[Problem]
+
+
+def check_shard(cache: Path, manifest: Manifest, shard: int) -> ShardCheck:
+    """Read every byte of one shard; one that was never committed has no problems."""
+    problems = Problems()
+    receipt: Receipt | None = None
+    arrays: dict[str, Array] = {}
+    with problems.collecting():
+        receipt = read_receipt(cache, manifest, shard)
+        if receipt is not None:
+            arrays, unreadable = _read_shard(cache, manifest, receipt)
+            problems += unreadable
+            problems += _meaning_problems(manifest, receipt, arrays, cache)
+    return ShardCheck(receipt, arrays, problems)
 
 
 def _metadata_problems(cache: Path, manifest: Manifest) -> Iterator[Problem]:

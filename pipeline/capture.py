@@ -7,7 +7,6 @@ whatever happened, commits the shards that are missing and ends with the same ar
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
@@ -16,7 +15,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from cache_spec.durable import make_folder, writing
+from cache_spec.durable import make_folder
 from cache_spec.errors import WouldLoseDataError
 from cache_spec.manifest import Manifest, canonical_json, differences, sha256_hex
 from cache_spec.targets import Array
@@ -29,7 +28,7 @@ from pipeline.shard import capture_shard, encoder_of, masker_of, read_blocks
 from pipeline.source import Source, as_settled, refuse_differences, resolve_source, staged_manifest
 from pipeline.tables import make_tables, settled
 from pipeline.teacher import Teacher, load_teacher
-from pipeline.teacher_files import load_tokenizer, save_teacher_description
+from pipeline.teacher_files import load_tokenizer, teacher_description
 
 logger = logging.getLogger("kdpipe")
 
@@ -129,15 +128,8 @@ class _Run:
 
 
 def description(source: Source) -> dict[str, bytes]:
-    """The tokenizer's files and the teacher's configuration, as a cache keeps them: path to content."""
-    staging = source.config.out / STAGING_NAME / "description"
-    shutil.rmtree(staging, ignore_errors=True)
-    make_folder(staging)
-    with writing(staging):
-        save_teacher_description(source.files, staging)
-    return {
-        path.relative_to(staging).as_posix(): path.read_bytes() for path in sorted(staging.rglob("*")) if path.is_file()
-    }
+    """The teacher's small files, as a cache keeps them."""
+    return teacher_description(source.files, source.config.out / STAGING_NAME / "description")
 
 
 def stage(source: Source, *, quiet: bool) -> StagedBlocks:

@@ -126,6 +126,25 @@ def verify(
     return EXIT_BAD_INPUT if problems else 0
 
 
+@click.command()
+@cache_argument
+@click.option("--teacher", metavar="TEXT", help="Where the teacher lies now.  [default: the cache's name]")
+@click.option("--gguf-file", metavar="TEXT", help="GGUF file inside the teacher's folder.")
+@dry_run
+@as_json
+def repair(cache: Path, teacher: str | None, gguf_file: str | None, dry_run: bool, as_json: bool) -> int:
+    """Recompute what is bad in a cache, and nothing else.
+
+    A shard is made again from its own tokens. One whose tokens are damaged is taken out, and the command that made the
+    cache makes it again. Exits with 3 if something is left to do.
+    """
+    from pipeline.repair import describe_repair, repair_cache
+
+    facts = repair_cache(cache, teacher, gguf_file=gguf_file, dry_run=dry_run, quiet=as_json)
+    emit(as_json, facts, describe_repair(facts))
+    return EXIT_BAD_INPUT if facts.get("problems") else EXIT_DONE
+
+
 @click.command("inspect")
 @cache_argument
 @as_json

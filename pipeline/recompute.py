@@ -28,7 +28,7 @@ from pipeline.masking import Masks
 from pipeline.shard import encode_blocks, encoder_of
 from pipeline.source import TRANSCODED_FROM, TRANSCODED_STATES
 from pipeline.teacher import load_teacher
-from pipeline.teacher_files import describe_teacher, resolve_teacher
+from pipeline.teacher_files import TeacherFiles, describe_teacher, resolve_teacher
 
 # Another processor or thread count may round the last bits of a logit differently, in float32 and in half precision.
 TOLERANCE_NATS = {"float32": 0.02, "float16": 0.05, "bfloat16": 0.25}
@@ -45,16 +45,7 @@ def compare_with_teacher(cache: Path, teacher: str | None, *, gguf_file: str | N
     """
     reader = CacheReader.open(cache)
     manifest = reader.manifest
-    if teacher is None and manifest.teacher.revision is None:
-        hint = "say where the teacher lies with --teacher"
-        raise BadInputError("unknown-teacher", manifest.teacher.name, expected="a folder", hint=hint)
-    name = teacher or manifest.teacher.name
-    files = resolve_teacher(name, revision=None if teacher else manifest.teacher.revision, gguf_file=gguf_file)
-    info, _ = describe_teacher(files)
-    if info.weights_sha256 != manifest.teacher.weights_sha256:
-        expected, found = manifest.teacher.weights_sha256, info.weights_sha256
-        raise BadInputError("other-teacher", name, expected=f"weights {expected[:16]}", found=found[:16])
-    running = load_teacher(files, device="auto", dtype=manifest.compute.dtype)
+    running = load_teacher(teacher_of(manifest, teacher, gguf_file), device="auto", dtype=manifest.compute.dtype)
     encoder = encoder_of(manifest, read_tables(cache, manifest), running.device)
     blocks, batch = manifest.blocks, manifest.compute.batch_blocks
     starts = [
@@ -79,6 +70,20 @@ def compare_with_teacher(cache: Path, teacher: str | None, *, gguf_file: str | N
                 place = f"{cache} blocks {start} to {chosen[-1]}: {what}"
                 problems.append(Problem("teacher-disagrees", place, f"within {bound:g}", f"{off:.3f}"))
     return problems
+
+
+def teacher_of(manifest: Manifest, teacher: str | None, gguf_file: str | None) -> TeacherFiles:
+    """The files of a cache's teacher, where it lies now; BadInputError ``other-teacher`` for other weights."""
+    if teacher is None and manifest.teacher.revision is None:
+        hint = "say where the teacher lies with --teacher"
+        raise BadInputError("unknown-teacher", manifest.teacher.name, expected="a folder", hint=hint)
+    name = teacher or manifest.teacher.name
+    files = resolve_teacher(name, revision=None if teacher else manifest.teacher.revision, gguf_file=gguf_file)
+    info, _ = describe_teacher(files)
+    if info.weights_sha256 != manifest.teacher.weights_sha256:
+        expected, found = manifest.teacher.weights_sha256, info.weights_sha256
+        raise BadInputError("other-teacher", name, expected=f"weights {expected[:16]}", found=found[:16])
+    return files
 
 
 def _differences(

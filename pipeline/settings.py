@@ -27,6 +27,7 @@ COMMANDS = {
     "import-pickle": "Convert a pickle of token ids, once, to text of ids.",
     "transcode": "Make a smaller cache from a richer one, without the teacher.",
     "verify": "Report every problem of a cache.",
+    "repair": "Recompute what is bad in a cache, and nothing else.",
     "inspect": "Show what is in a cache and what it costs.",
     "train-student": "Train a student from a cache, without the teacher.",
     "evaluate": "Measure models on text and against a cache.",

@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,6 +25,7 @@ from pydantic import ValidationError
 from transformers import AutoConfig, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from cache_spec.durable import make_folder, writing
 from cache_spec.errors import BadInputError
 from cache_spec.failures import first_line
 from cache_spec.manifest import TeacherInfo, TokenizerInfo, canonical_json, sha256_hex
@@ -325,6 +327,20 @@ def describe_model(files: TeacherFiles, model: Any, tokenizer: Any) -> tuple[Tea
         found = f"{first['loc'][0]} {first['input']}: {first['msg']}"
         raise BadInputError("unreadable-config", place, found=found) from None
     return teacher_info, TokenizerInfo(sha256=tokenizer_sha256(tokenizer), eos_token_id=eos)
+
+
+def teacher_description(files: TeacherFiles, scratch: Path) -> dict[str, bytes]:
+    """The tokenizer's files and the teacher's configuration, as a cache keeps them: path to content.
+
+    They are made in ``scratch``, a folder for nothing else.
+    """
+    shutil.rmtree(scratch, ignore_errors=True)
+    make_folder(scratch)
+    with writing(scratch):
+        save_teacher_description(files, scratch)
+    return {
+        path.relative_to(scratch).as_posix(): path.read_bytes() for path in sorted(scratch.rglob("*")) if path.is_file()
+    }
 
 
 def save_teacher_description(files: TeacherFiles, folder: Path) -> None:
