@@ -17,7 +17,7 @@ import torch
 from cache_spec.commit import commit_shard
 from cache_spec.encodings.hidden import encode_int8
 from cache_spec.manifest import HiddenInfo, Manifest
-from cache_spec.receipts import read_receipt
+from cache_spec.receipts import Receipt, read_receipt
 from cache_spec.targets import Array
 from pipeline.blocks import StagedBlocks
 from pipeline.encoders import make_encoder
@@ -39,16 +39,17 @@ def capture_shard(
     encoder: Encoder,
     shard: int,
     on_tokens: Callable[[int], object] = lambda tokens: None,
-) -> None:
-    """Run the teacher over one shard's blocks and commit it; does nothing if the shard is committed."""
-    if read_receipt(cache, manifest, shard) is not None:
-        return
+) -> Receipt:
+    """Run the teacher over one shard's blocks and commit it, if it is not committed; returns its receipt."""
+    earlier = read_receipt(cache, manifest, shard)
+    if earlier is not None:
+        return earlier
     parts = []
     for start, count in batches(manifest, shard):
         ids_BT, lengths_B = staged.read(start, count), staged.lengths(start, count)
         parts.append(encode_blocks(manifest, teacher, encoder, ids_BT, lengths_B, start))
         on_tokens(count * manifest.blocks.block_tokens)
-    commit_shard(cache, manifest, shard, joined(parts))
+    return commit_shard(cache, manifest, shard, joined(parts))
 
 
 def batches(manifest: Manifest, shard: int) -> list[tuple[int, int]]:
