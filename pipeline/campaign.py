@@ -136,7 +136,7 @@ class Campaign:
         for address, problem in sorted(found.items()):
             if isinstance(problem, KdpipeError):
                 raise problem
-            if isinstance(problem, ImportError):
+            if isinstance(problem, Exception) and not isinstance(problem, OSError):
                 place, told = f"worker {address}", first_line(problem)
                 raise BadInputError("worker-misses", place, expected="this version of kdpipe", found=told)
 
