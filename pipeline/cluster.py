@@ -34,6 +34,7 @@ _LOCAL_SETTINGS = {
     "distributed.worker.lifetime.duration": None,
     "distributed.worker.profile.enabled": False,
     "distributed.diagnostics.nvml": False,
+    "distributed.admin.low-level-log-length": 100,
 }
 DASHBOARD_PORT = 8787
 

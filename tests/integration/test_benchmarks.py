@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import faults, faults_training, memory, quantisation, teacher
+from benchmarks import campaign, faults, faults_training, memory, quantisation, teacher
 from benchmarks.training import __main__ as training
 from cache_spec.encodings.topk import TopK
 from pipeline import cli
@@ -33,6 +33,15 @@ def test_the_fault_campaign_counts_kills_and_changes(
     report = run(faults, capsys, monkeypatch, "--kills", 1, "--changes", 6, "--tokens", 2048)
     assert (report["kill"]["kills"], report["kill"]["different_after_resume"]) == (1, 0)
     assert report["change"] == {"changes": 6, "detected": 6, "missed": []}
+
+
+@pytest.mark.slow
+def test_the_campaign_benchmark_measures_each_tenth(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = run(campaign, capsys, monkeypatch, "--shards", 20)
+    assert [mark["shards"] for mark in report["marks"]] == list(range(2, 21, 2))
+    assert report["memory_ratio"] > 0.5
 
 
 @pytest.mark.slow

@@ -42,6 +42,16 @@ def counting_task(_ref: JobRef, shard: int) -> Committed:
     return Committed(16, 100)
 
 
+def disconnecting_task(_ref: JobRef, shard: int) -> Committed:
+    begun[shard] += 1
+    if shard == 5 and begun[shard] == 1:
+        stream: Any = watched[0].scheduler_comm
+        loop: Any = watched[0].loop
+        loop.add_callback(stream.comm.abort)
+        time.sleep(0.1)
+    return Committed(16, 100)
+
+
 @pytest.fixture(scope="module")
 def client() -> Iterator[Client]:
     """In place of workers, one thread of this process."""
@@ -165,3 +175,11 @@ def test_events_are_one_json_object_a_line(client: Client, capsys: pytest.Captur
     assert Counter(event["event"] for event in events) == {"begun": 1, "committed": 2, "retried": 1}
     assert (events[0]["shards_done"], events[0]["tokens_left"]) == (1, 32)
     assert (events[-1]["shards_done"], events[-1]["tokens_left"], events[-1]["bytes_written"]) == (3, 0, 200)
+
+
+def test_a_connection_that_breaks_costs_no_shard(client: Client) -> None:
+    """What was in flight is submitted again, and not counted as failed."""
+    watched.append(client)
+    progress = run(client, task=disconnecting_task, retries=1)
+    assert (progress.num_done, progress.num_failed) == (NUM_SHARDS, 0)
+    assert set(begun) == set(range(NUM_SHARDS))
