@@ -8,7 +8,7 @@ Legend of axes: B blocks, T tokens, W windows, D teacher width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,7 @@ from cache_spec.targets import Array
 from pipeline.blocks import StagedBlocks
 from pipeline.encoders import make_encoder
 from pipeline.encoders.spectrum import Encoder
+from pipeline.overlap import overlapped
 from pipeline.targets import encode_batch
 from pipeline.teacher import OutputHead, Teacher
 
@@ -44,12 +45,32 @@ def capture_shard(
     earlier = read_receipt(cache, manifest, shard)
     if earlier is not None:
         return earlier
-    parts = []
-    for start, count in batches(manifest, shard):
-        ids_BT, lengths_B = staged.read(start, count), staged.lengths(start, count)
-        parts.append(encode_blocks(manifest, teacher, encoder, ids_BT, lengths_B, start))
-        on_tokens(count * manifest.blocks.block_tokens)
+    made = _read_by_teacher(manifest, staged, teacher, shard, on_tokens)
+
+    def encoded(batch: _Batch) -> dict[str, Array]:
+        return encode_hidden(manifest, teacher.head, encoder, *batch)
+
+    parts = overlapped(made, encoded) if overlaps(teacher.device) else [encoded(batch) for batch in made]
     return commit_shard(cache, manifest, shard, joined(parts))
+
+
+def overlaps(device: torch.device) -> bool:
+    """Whether the teacher's next batch runs while the last one is encoded: on a CPU both want the same cores."""
+    return device.type == "cuda"
+
+
+_Batch = tuple[torch.Tensor, Array, Array, int]
+"""Last hidden states of a batch in the static shape; ids, lengths and the number of its first block."""
+
+
+def _read_by_teacher(
+    manifest: Manifest, staged: StagedBlocks, teacher: Teacher, shard: int, on_tokens: Callable[[int], object]
+) -> Iterator[_Batch]:
+    for start, count in batches(manifest, shard):
+        ids_BT = staged.read(start, count)
+        hidden_BTD = teacher.hidden(padded(ids_BT, manifest.compute.batch_blocks))
+        yield hidden_BTD, ids_BT, staged.lengths(start, count), start
+        on_tokens(count * manifest.blocks.block_tokens)
 
 
 def batches(manifest: Manifest, shard: int) -> list[tuple[int, int]]:
