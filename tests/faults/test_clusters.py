@@ -151,6 +151,20 @@ def test_workers_that_lack_something_are_refused_by_name(
                 made.check_workers()
 
 
+def test_after_the_schedulers_death_the_same_command_goes_on(
+    cluster: RunningCluster, clean: CaptureConfig, tmp_path: Path
+) -> None:
+    """The last of the tests that share a cluster."""
+    config = changed(clean, out=tmp_path / "cache", scheduler=cluster.address, cluster_timeout=5.0)
+    watcher = once(lambda: committed(config) >= 3, cluster.processes[0].kill)
+    with pytest.raises(KdpipeError, match="scheduler-lost"):
+        capture(config, quiet=True)
+    watcher.join()
+    assert not (config.out / "seal.json").exists()
+    capture(changed(config, scheduler=None), quiet=True)
+    assert contents(config.out) == contents(clean.out)
+
+
 def test_a_worker_without_this_package_is_refused(tmp_path: Path) -> None:
     broken = tmp_path / "broken" / "pipeline"
     broken.mkdir(parents=True)
