@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 import train.loop  # noqa: F401 (what takes seconds is imported once)
-from benchmarks.faults import capture_command
+from benchmarks.faults.kills import capture_command
 from pipeline import cli
 from pipeline.demo import TEACHER
 from train.run_folder import CLOCK_METRICS, read_metrics

@@ -21,6 +21,7 @@ from zarr.storage import MemoryStore
 
 from cache_spec.errors import CacheError
 from cache_spec.manifest import Manifest
+from cache_spec.masking import REPLACEMENTS, SELECTED
 from cache_spec.targets import Compressor, Shuffle, TablePart
 
 BLOSC_LEVEL = 3
@@ -104,6 +105,18 @@ def array_specs(manifest: Manifest) -> dict[str, ArraySpec]:
         description="token ids of the block",
     )
     add("block_lengths", (), (), np.uint32, "shuffle", description="real tokens in the block; the rest is padding")
+    if manifest.masking is not None:
+        shape, id_dtype = (blocks.block_tokens,), manifest.geometry.id_dtype
+        add(
+            SELECTED,
+            ("token",),
+            shape,
+            np.uint8,
+            "bitshuffle",
+            "lz4",
+            description="1 at tokens to be found out",
+        )
+        add(REPLACEMENTS, ("token",), shape, id_dtype, "shuffle", description="what the teacher read there; else 0")
     for part in manifest.encoding.arrays(manifest.geometry):
         add(part.name, part.dims, part.row_shape, part.dtype, part.shuffle, part.compressor, **part.attributes)
     if hidden is not None:
@@ -120,7 +133,8 @@ def array_specs(manifest: Manifest) -> dict[str, ArraySpec]:
         )
         if hidden.dtype == "int8":
             add("hidden_scale", ("width",), (width,), np.float32, "bitshuffle", description="of hidden in this block")
-    add("block_loss", (), (), np.float32, "shuffle", description="teacher's mean next-token loss", units="nat")
+    of_loss = "next-token loss" if manifest.masking is None else "loss on selected tokens"
+    add("block_loss", (), (), np.float32, "shuffle", description=f"teacher's mean {of_loss}", units="nat")
     add("block_entropy", (), (), np.float32, "shuffle", description="teacher's mean entropy", units="nat")
     for spec in specs.values():
         if spec.chunk_bytes > MAX_CHUNK_BYTES:

@@ -11,10 +11,11 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, model_serializer, model_validator
 
 from cache_spec.encodings import Encoding
 from cache_spec.errors import BadInputError, CacheError
+from cache_spec.masking import MIN_BLOCK_TOKENS, MaskingInfo
 from cache_spec.record import Record
 from cache_spec.targets import Geometry
 
@@ -143,6 +144,8 @@ class Manifest(Record):
     encoding: Encoding
     temperatures: tuple[float, ...]
     hidden: HiddenInfo | None
+    masking: MaskingInfo | None = None
+    """Of a masked language model; absent where the teacher predicts the next token."""
     compute: ComputeInfo
     tables: dict[str, Annotated[str, Sha256]]
     """Name to SHA-256 of the values of each array that the encoding stores once: little-endian, in C order."""
@@ -170,7 +173,19 @@ class Manifest(Record):
             raise ValueError("corpus.num_tokens is above what the blocks hold")
         if set(self.tables) != {table.name for table in self.encoding.tables(self.geometry)}:
             raise ValueError("tables are not those of the encoding")
+        if self.masking is not None:
+            if blocks.block_tokens < MIN_BLOCK_TOKENS:
+                raise ValueError("block_tokens leave no room between the tokens that frame a block")
+            if self.masking.special_ids[-1] >= teacher.vocab_size:
+                raise ValueError("special_ids are outside the vocabulary")
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_absent(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        body: dict[str, Any] = handler(self)
+        if self.masking is None:
+            body.pop("masking", None)
+        return body
 
     @property
     def geometry(self) -> Geometry:

@@ -24,6 +24,7 @@ from cache_spec.encodings.topk import checked_ids
 from cache_spec.errors import BadInputError, CacheError
 from cache_spec.layout import ArraySpec, array_specs, target_arrays
 from cache_spec.manifest import Manifest
+from cache_spec.masking import REPLACEMENTS, SELECTED, MaskedText, at_positions, checked_masking, masked_text
 from cache_spec.receipts import Receipt, read_manifest, read_receipt, read_seal, small_file_errors, unfinished
 from cache_spec.shardfile import decode_chunk, decode_index, index_bytes
 from cache_spec.tables import read_table
@@ -41,9 +42,11 @@ class TargetBatch:
     input_ids_BT: Array
     lengths_B: Array
     targets: Targets
-    """What follows each token, in the form that the cache's encoding has."""
+    """What follows each token, or was masked there, in the form that the cache's encoding has."""
     hidden_BWD: Array | None
     """float16 (float32 of int8 ones), pooled, or None where the cache keeps none or they were not asked for."""
+    masked: MaskedText | None = None
+    """How the blocks were masked, or None where the teacher predicts the next token."""
 
 
 class ShardFile:
@@ -147,12 +150,33 @@ class CacheReader:
         manifest, geometry = self.manifest, self.manifest.geometry
         at = manifest.temperature_index(temperature)
         stored = {name: self.read(name, blocks) for name in self._target_names}
+        input_ids_BT = checked_ids(self.read("input_ids", blocks), geometry, f"{self.path} input_ids")
+        lengths_B = self.lengths(blocks)
+        masked = self._masked(blocks, input_ids_BT, lengths_B)
+        targets = manifest.encoding.decode(stored, geometry, at, self.path, self.prepared)
+        if masked is not None and manifest.masking is not None and manifest.masking.positions == "masked":
+            targets = at_positions(targets, masked.kept_BT)
         return TargetBatch(
-            input_ids_BT=checked_ids(self.read("input_ids", blocks), geometry, f"{self.path} input_ids"),
-            lengths_B=self.lengths(blocks),
-            targets=manifest.encoding.decode(stored, geometry, at, self.path, self.prepared),
+            input_ids_BT=input_ids_BT,
+            lengths_B=lengths_B,
+            targets=targets,
             hidden_BWD=self._hidden(blocks) if manifest.hidden and with_hidden else None,
+            masked=masked,
         )
+
+    def masked(self, blocks: Sequence[int] | Array) -> MaskedText | None:
+        """How ``blocks`` were masked; None where the teacher predicts the next token."""
+        if self.manifest.masking is None:
+            return None
+        return self._masked(blocks, self.read("input_ids", blocks), self.lengths(blocks))
+
+    def _masked(self, blocks: Sequence[int] | Array, input_ids_BT: Array, lengths_B: Array) -> MaskedText | None:
+        info = self.manifest.masking
+        if info is None:
+            return None
+        selected_BT, replacements_BT = self.read(SELECTED, blocks), self.read(REPLACEMENTS, blocks)
+        checked_masking(selected_BT, replacements_BT, self.manifest.teacher.vocab_size, self.path)
+        return masked_text(info, input_ids_BT, lengths_B, selected_BT, replacements_BT)
 
     @cached_property
     def prepared(self) -> Array | None:

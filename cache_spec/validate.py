@@ -22,6 +22,7 @@ from cache_spec.encodings.hidden import checked_scales
 from cache_spec.errors import CacheError
 from cache_spec.layout import array_specs, target_arrays, zarr_metadata
 from cache_spec.manifest import MANIFEST_NAME, Manifest, sha256_hex
+from cache_spec.masking import REPLACEMENTS, SELECTED, checked_masking, masking_errors
 from cache_spec.reader import ShardFile
 from cache_spec.receipts import (
     RECEIPTS_FOLDER,
@@ -193,7 +194,21 @@ def _meaning_problems(manifest: Manifest, receipt: Receipt, arrays: dict[str, Ar
             place = cache / array_specs(manifest)["hidden_scale"].shard_path(receipt.shard)
             checked_scales(arrays["hidden_scale"], place)
     yield from problems
+    yield from _masking_problems(manifest, arrays, f"{cache} shard {receipt.shard}")
     stored = {name: arrays[name] for name in target_arrays(manifest) if name in arrays}
     if len(stored) == len(target_arrays(manifest)):
         for error in manifest.encoding.check(stored, geometry, f"{cache} shard {receipt.shard}"):
             yield Problem(error.kind, error.place, error.expected, error.found)
+
+
+def _masking_problems(manifest: Manifest, arrays: dict[str, Array], place: str) -> Iterator[Problem]:
+    names = ("input_ids", "block_lengths", SELECTED, REPLACEMENTS)
+    if manifest.masking is None or not arrays.keys() >= set(names):
+        return
+    problems = Problems()
+    ids_BT, lengths_B, selected_BT, replacements_BT = (arrays[name] for name in names)
+    with problems.collecting():
+        checked_masking(selected_BT, replacements_BT, manifest.teacher.vocab_size, place)
+    yield from problems
+    for error in masking_errors(manifest.masking, ids_BT, lengths_B, selected_BT, replacements_BT, place):
+        yield Problem(error.kind, error.place, error.expected, error.found)

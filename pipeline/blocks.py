@@ -3,7 +3,10 @@
 In: a corpus and a tokenizer. Out: ``blocks-KEY.bin``, the ids of all blocks one after another (little-endian), and
 ``blocks-KEY.json``, which is written last: ids without it do not count. A run that finds both goes on from there.
 
-B blocks in a batch, T tokens a block.
+With a frame, for masked language models, every block begins and ends with a token of its own, inside its T tokens, and
+beside the ids lies how often each of them occurs.
+
+B blocks in a batch, T tokens a block, V vocabulary.
 """
 
 from __future__ import annotations
@@ -15,10 +18,9 @@ import os
 import secrets
 from array import array
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -28,8 +30,8 @@ from tqdm import tqdm
 
 from cache_spec.durable import TEMPORARY_PREFIX, make_folder, replace_file, sync_folder, writing
 from cache_spec.errors import BadInputError
-from pipeline.corpus import PIECE_CHARS, Corpus
-from pipeline.textfiles import Ids
+from pipeline.corpus import Corpus
+from pipeline.token_stream import Frame, token_stream, vocabulary_mismatch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,8 +39,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("kdpipe")
 
 LastBlock = Literal["drop", "keep", "each"]
-BATCH_CHARS = 4 * PIECE_CHARS
-BATCH_PIECES = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +65,8 @@ class StagedBlocks:
     """Little-endian dtype of the stored ids: ``<u2`` or ``<u4``."""
     by_document: bool = False
     """Whether each document begins a block; the lengths of all blocks then lie beside the ids, little-endian uint32."""
+    framed: bool = False
+    """Whether blocks have a frame; the counts of all ids then lie beside them, little-endian int64 [V]."""
 
     def read(self, first: int, count: int) -> NDArray[np.unsignedinteger[Any]]:
         """Blocks ``first`` to ``first + count - 1`` as a fresh array [count, T] of uint16 or uint32."""
@@ -93,6 +95,13 @@ class StagedBlocks:
             lengths_B[-1] = self.last_block_tokens
         return lengths_B
 
+    def counts(self, vocab_size: int) -> NDArray[np.int64]:
+        """How often each id occurs in blocks that have a frame, padding left out: int64 [V]."""
+        counts_V = np.fromfile(counts_path(self.path), dtype="<i8")
+        if counts_V.size != vocab_size:
+            raise BadInputError("broken-file", counts_path(self.path), expected=f"{vocab_size} counts")
+        return counts_V.astype(np.int64)
+
 
 def stage_blocks(
     corpus: Corpus,
@@ -104,6 +113,7 @@ def stage_blocks(
     vocab_size: int,
     limit_tokens: int | None = None,
     last_block: LastBlock = "drop",
+    frame: Frame | None = None,
     key: str,
     quiet: bool = False,
 ) -> StagedBlocks:
@@ -111,16 +121,17 @@ def stage_blocks(
 
     The stream is every document's tokens and one EOS after each; ``limit_tokens`` takes exactly its first tokens.
     The last partial block is dropped, or kept and padded with EOS; with ``each``, so is that of every document, and the
-    next one begins a block of its own (documents of ids are then taken as they are, whatever they end with). ``key``
-    must change with everything that decides the ids. One process at a time may stage into ``folder``: leftovers of
-    killed runs are removed.
+    next one begins a block of its own (documents of ids are then taken as they are, whatever they end with). A
+    ``frame`` stands around each block's part of the stream; one that documents of ids bring along is taken off first,
+    and with ``each`` documents end with the frame alone. ``key`` must change with everything that decides the ids. One
+    process at a time may stage into ``folder``: leftovers of killed runs are removed.
     Raises ``vocabulary-mismatch`` for an id outside [0, vocab_size), ``too-little-text``, ``cannot-write``.
     """
     for name, value in (("block_tokens", block_tokens), ("limit_tokens", limit_tokens)):
         if value is not None and value < 1:
             raise BadInputError("bad-setting", name, expected="at least 1", found=value)
     if not 0 <= eos_token_id < vocab_size:
-        raise _vocabulary_mismatch("the EOS token", eos_token_id, vocab_size)
+        raise vocabulary_mismatch("the EOS token", eos_token_id, vocab_size)
     make_folder(folder)
     ids_path, facts_path = _paths(folder, key)
     with writing(folder):
@@ -139,8 +150,8 @@ def stage_blocks(
     # disable=None: silent where nobody looks, such as a log file.
     bar = tqdm(total=limit_tokens, desc="tokens", unit="tok", unit_scale=True, disable=True if quiet else None)
     ends = last_block != "each"
-    with bar, _BlockFile(ids_path, block_tokens, dtype, eos_token_id, last_block) as file:
-        for ids, starts in _token_stream(corpus, tokenizer, eos_token_id, vocab_size, end_ids=ends):
+    with bar, _BlockFile(ids_path, block_tokens, dtype, eos_token_id, last_block, frame, vocab_size) as file:
+        for ids, starts in token_stream(corpus, tokenizer, eos_token_id, vocab_size, ends=ends, frame=frame):
             taken = ids if limit_tokens is None else ids[: limit_tokens - file.num_seen]
             file.add(taken, starts)
             bar.update(len(taken))
@@ -167,6 +178,7 @@ def _open(folder: Path, key: str) -> StagedBlocks | None:
         num_bytes = staged.num_blocks * staged.block_tokens * np.dtype(staged.dtype).itemsize
         whole = staged.key == key and ids_path.stat().st_size == num_bytes
         whole = whole and (not staged.by_document or lengths_path(ids_path).stat().st_size == 4 * staged.num_blocks)
+        whole = whole and (not staged.framed or counts_path(ids_path).is_file())
     except (OSError, ValueError, TypeError):
         return None
     return staged if whole else None
@@ -175,6 +187,11 @@ def _open(folder: Path, key: str) -> StagedBlocks | None:
 def lengths_path(path: Path) -> Path:
     """Where the lengths of blocks lie, given where their ids do."""
     return path.with_suffix(".lengths")
+
+
+def counts_path(path: Path) -> Path:
+    """Where the counts of ids lie, given where the ids do."""
+    return path.with_suffix(".counts")
 
 
 def _paths(folder: Path, key: str) -> tuple[Path, Path]:
@@ -188,9 +205,23 @@ def _facts(staged: StagedBlocks) -> dict[str, object]:
 class _BlockFile:
     """Ids on their way to disk: takes any number at a time, writes whole blocks, and counts what it wrote."""
 
-    def __init__(self, path: Path, block_tokens: int, dtype: str, eos_token_id: int, last_block: LastBlock) -> None:
+    def __init__(
+        self,
+        path: Path,
+        block_tokens: int,
+        dtype: str,
+        eos_token_id: int,
+        last_block: LastBlock,
+        frame: Frame | None,
+        vocab_size: int,
+    ) -> None:
         self.path = path
         self.block_tokens = block_tokens
+        self.frame = frame
+        self.frame_tokens = 0 if frame is None else len(frame)
+        self.stream_tokens = block_tokens - self.frame_tokens
+        """Of the stream in a block."""
+        self.counts_V = np.zeros(vocab_size, dtype=np.int64)
         self.dtype = np.dtype(dtype)
         self.eos_token_id = eos_token_id
         self.last_block = last_block
@@ -199,6 +230,7 @@ class _BlockFile:
         self.digest = hashlib.sha256()
         self.pending = np.empty(0, dtype=np.int64)
         self.starts: deque[int] = deque()
+        # Of the stream, without frames.
         self.num_seen = self.num_written = self.num_documents = 0
 
     def __enter__(self) -> _BlockFile:
@@ -226,32 +258,45 @@ class _BlockFile:
 
     def _add(self, ids: NDArray[np.int64]) -> None:
         self.pending = np.concatenate([self.pending, ids])
-        num_whole = len(self.pending) // self.block_tokens * self.block_tokens
+        num_whole = len(self.pending) // self.stream_tokens * self.stream_tokens
         self._write(self.pending[:num_whole], num_whole)
         self.pending = self.pending[num_whole:]
 
     def _pad(self) -> None:
         """Write what is pending as a block that is padded with EOS."""
         if num_left := len(self.pending):
-            padding = np.full(self.block_tokens - num_left, self.eos_token_id, dtype=np.int64)
+            padding = np.full(self.stream_tokens - num_left, self.eos_token_id, dtype=np.int64)
             self._write(np.concatenate([self.pending, padding]), num_left)
             self.pending = self.pending[:0]
 
     def _write(self, ids: NDArray[np.int64], num_real: int) -> None:
+        """Write whole blocks' parts of the stream, the first ``num_real`` tokens of them real."""
+        num_blocks = len(ids) // self.stream_tokens
+        if self.frame is not None:
+            ids = self._framed(ids.reshape(num_blocks, self.stream_tokens), self.frame, num_real)
         with writing(self.path):
             self.file.write(ids.astype(self.dtype).tobytes())
         self.digest.update(ids.astype("<u4").tobytes())
         if self.last_block == "each":
-            num_blocks = len(ids) // self.block_tokens
-            self.lengths.extend([min(num_real, self.block_tokens)] * num_blocks)
+            self.lengths.extend([min(num_real, self.stream_tokens) + self.frame_tokens] * num_blocks)
         self.num_written += num_real
         while self.starts and self.starts[0] < self.num_written:
             self.starts.popleft()
             self.num_documents += 1
 
+    def _framed(self, stream_BS: NDArray[np.int64], frame: Frame, num_real: int) -> NDArray[np.int64]:
+        num_blocks, size = stream_BS.shape
+        ids_BT = np.full((num_blocks, self.block_tokens), self.eos_token_id, dtype=np.int64)
+        ids_BT[:, 0], ids_BT[:, 1:-1] = frame[0], stream_BS
+        # A block is written in part only where it is written alone.
+        last = min(num_real, size) + 1
+        ids_BT[:, last] = frame[1]
+        self.counts_V += np.bincount(ids_BT[:, : last + 1].reshape(-1), minlength=len(self.counts_V))
+        return ids_BT.reshape(-1)
+
     def finish(self, key: str) -> StagedBlocks:
         """Deal with the last partial block and give the file its name, durably."""
-        block_tokens, num_left = self.block_tokens, len(self.pending)
+        block_tokens, stream_tokens, num_left = self.block_tokens, self.stream_tokens, len(self.pending)
         if self.last_block != "drop" and num_left:
             self._pad()
             logger.info("blocks: kept the last block with %d of %d tokens, padded with EOS", num_left, block_tokens)
@@ -266,13 +311,16 @@ class _BlockFile:
         by_document = self.last_block == "each"
         if by_document:
             replace_file(lengths_path(self.path), np.asarray(self.lengths, dtype="<u4").tobytes())
+        if self.frame is not None:
+            replace_file(counts_path(self.path), self.counts_V.astype("<i8").tobytes())
         with writing(self.path):
             self.file.flush()
             os.fsync(self.file.fileno())
             os.replace(self.temporary, self.path)
             sync_folder(self.path.parent)
-        num_blocks = len(self.lengths) if by_document else -(-self.num_written // block_tokens)
-        last_tokens = self.lengths[-1] if by_document else self.num_written - (num_blocks - 1) * block_tokens
+        num_blocks = len(self.lengths) if by_document else -(-self.num_written // stream_tokens)
+        last_tokens = self.num_written - (num_blocks - 1) * stream_tokens + self.frame_tokens
+        last_tokens = self.lengths[-1] if by_document else last_tokens
         logger.info("blocks: %d of %d tokens, %d documents", num_blocks, block_tokens, self.num_documents)
         return StagedBlocks(
             path=self.path,
@@ -281,92 +329,9 @@ class _BlockFile:
             block_tokens=block_tokens,
             last_block_tokens=last_tokens,
             num_documents=self.num_documents,
-            num_tokens=self.num_written,
+            num_tokens=self.num_written + num_blocks * self.frame_tokens,
             tokens_sha256=self.digest.hexdigest(),
             dtype=self.dtype.str,
             by_document=by_document,
+            framed=self.frame is not None,
         )
-
-
-Tokens = tuple[NDArray[np.int64], list[int]]
-"""Ids, and the places among them where documents start."""
-
-
-def _token_stream(
-    corpus: Corpus, tokenizer: PreTrainedTokenizerBase, eos_token_id: int, vocab_size: int, *, end_ids: bool
-) -> Iterator[Tokens]:
-    for batch in _batches(corpus.documents()):
-        if isinstance(batch, np.ndarray):
-            ids = _inside(batch, "the text's ids", vocab_size)
-            yield _with_end(ids, eos_token_id) if end_ids else ids, [0]
-            continue
-        # verbose=False: blocks are cut from the ids, so their number before that says nothing about the model.
-        encoded: Any = tokenizer(
-            [piece for piece, _, _ in batch],
-            add_special_tokens=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )["input_ids"]
-        parts: list[list[int]] = []
-        starts: list[int] = []
-        num_ids = 0
-        for (_, is_first, is_last), ids in zip(batch, encoded, strict=True):
-            if is_first:
-                starts.append(num_ids)
-            parts.append([*ids, eos_token_id] if is_last else ids)
-            num_ids += len(parts[-1])
-        flat = np.fromiter(chain.from_iterable(parts), dtype=np.int64, count=num_ids)
-        yield _inside(flat, "the tokenizer", vocab_size), starts
-
-
-def _inside(ids: Ids, place: str, vocab_size: int) -> Ids:
-    outside = ids[(ids < 0) | (ids >= vocab_size)]
-    if outside.size:
-        raise _vocabulary_mismatch(place, int(outside[0]), vocab_size)
-    return ids
-
-
-def _with_end(ids: Ids, eos_token_id: int) -> Ids:
-    """A document of ids, ended as one of text is."""
-    return ids if ids[-1] == eos_token_id else np.append(ids, np.int64(eos_token_id))
-
-
-def _batches(documents: Iterable[Iterable[str] | Ids]) -> Iterator[list[tuple[str, bool, bool]] | Ids]:
-    """Batches of (piece, is the document's first, is its last), bounded in pieces and characters; ids as they come."""
-    batch: list[tuple[str, bool, bool]] = []
-    num_chars = 0
-    for document in documents:
-        if isinstance(document, np.ndarray):
-            if batch:
-                yield batch
-                batch, num_chars = [], 0
-            yield document
-            continue
-        for piece in _marked(document):
-            batch.append(piece)
-            num_chars += len(piece[0])
-            if num_chars >= BATCH_CHARS or len(batch) >= BATCH_PIECES:
-                yield batch
-                batch, num_chars = [], 0
-    if batch:
-        yield batch
-
-
-def _marked(document: Iterable[str]) -> Iterator[tuple[str, bool, bool]]:
-    iterator = iter(document)
-    piece, is_first = next(iterator), True
-    for following in iterator:
-        yield piece, is_first, False
-        piece, is_first = following, False
-    yield piece, is_first, True
-
-
-def _vocabulary_mismatch(place: str, token_id: int, vocab_size: int) -> BadInputError:
-    return BadInputError(
-        "vocabulary-mismatch",
-        place,
-        expected=f"ids from 0 to {vocab_size - 1}, the teacher's vocabulary",
-        found=f"id {token_id}",
-        hint="use the tokenizer that the teacher was trained with",
-    )

@@ -11,6 +11,7 @@ import secrets
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -202,25 +203,26 @@ class Campaign:
             self._poll()
 
     def _settle(self, shard: int, future: Future[Any], was_alone: bool) -> None:
-        status = future.status
-        try:
-            if status == "finished":
-                done: Committed = future.result(timeout=self._timeout_s)
-                self._num_committed += 1
-                self._failures.pop(shard, None)
-                self._progress.read(done.num_tokens)
-                self._progress.committed(shard, done.num_bytes)
-                return
-            error = future.exception(timeout=self._timeout_s) if status == "error" else None
-        except (OSError, TimeoutError):
-            error = None
-        if not isinstance(error, Exception) or status != "error":
-            # The connection or the worker that held the result went away: the shard is not to blame.
-            (self._suspects if was_alone else self._again).append(shard)
+        done: Committed | None = None
+        error: BaseException | None = None
+        # What a broken connection raises depends on where it broke; the task's own error is returned, not raised.
+        with suppress(Exception):
+            if future.status == "finished":
+                done = future.result(timeout=self._timeout_s)
+            elif future.status == "error":
+                error = future.exception(timeout=self._timeout_s)
+        if done is not None:
+            self._num_committed += 1
+            self._failures.pop(shard, None)
+            self._progress.read(done.num_tokens)
+            self._progress.committed(shard, done.num_bytes)
         elif isinstance(error, KilledWorker):
             self._killed(shard, error, was_alone)
-        else:
+        elif isinstance(error, Exception):
             self._failed(shard, error)
+        else:
+            # The connection, or the worker that held the result, went away: the shard is not to blame.
+            (self._suspects if was_alone else self._again).append(shard)
 
     def _failed(self, shard: int, error: Exception) -> None:
         if not isinstance(error, KdpipeError):  # of dask itself; tasks raise our own

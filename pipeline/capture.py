@@ -24,8 +24,9 @@ from pipeline import folder
 from pipeline.blocks import StagedBlocks, stage_blocks
 from pipeline.config import CaptureConfig
 from pipeline.folder import STAGING_NAME
+from pipeline.masking import kept_first
 from pipeline.progress import Progress
-from pipeline.shard import capture_shard, encoder_of, padded
+from pipeline.shard import capture_shard, encoder_of, masker_of, read_blocks
 from pipeline.source import Source, as_settled, refuse_differences, resolve_source, staged_manifest
 from pipeline.tables import make_tables, settled
 from pipeline.teacher import Teacher, load_teacher
@@ -93,14 +94,18 @@ class _Run:
 
     def tables(self, manifest: Manifest) -> dict[str, Array]:
         """What the encoding stores once; a pass over sampled blocks, where prototypes are learnt."""
+        masker = masker_of(manifest, self.staged)
         with tqdm(unit="tok", unit_scale=True, desc="calibration", disable=self.quiet or None) as bar:
 
             def hidden_of(blocks: Sequence[int]) -> tuple[torch.Tensor, Array]:
                 ids_BT = np.concatenate([self.staged.read(block, 1) for block in blocks])
                 lengths_B = np.concatenate([self.staged.lengths(block, 1) for block in blocks])
-                hidden_BTD = self.teacher.hidden(padded(ids_BT, manifest.compute.batch_blocks))
+                masks = None if masker is None else masker.masks(ids_BT, lengths_B, np.asarray(blocks))
+                hidden_BTD = read_blocks(manifest, self.teacher, ids_BT, lengths_B, masks).read_BTD[: len(blocks)]
                 bar.update(ids_BT.size)
-                return hidden_BTD[: len(blocks)], lengths_B
+                if manifest.masking is None or masks is None:
+                    return hidden_BTD, lengths_B
+                return kept_first(hidden_BTD, manifest.masking.kept(masks.selected_BT, lengths_B))
 
             return make_tables(manifest, self.teacher.head, hidden_of, self.source.prototypes)
 
@@ -138,7 +143,7 @@ def description(source: Source) -> dict[str, bytes]:
 def stage(source: Source, *, quiet: bool) -> StagedBlocks:
     """Tokenise the text into blocks beside the cache, or open those that an earlier run made."""
     config = source.config
-    decides = {
+    decides: dict[str, Any] = {
         "sources": [info.model_dump(mode="json") for info in source.corpus.sources],
         "tokenizer": source.tokenizer.model_dump(mode="json"),
         "settings": config.model_dump(
@@ -146,6 +151,10 @@ def stage(source: Source, *, quiet: bool) -> StagedBlocks:
         ),
         "vocab_size": source.teacher.vocab_size,
     }
+    masking = source.masking
+    frame = None if masking is None else (masking.cls_token_id, masking.sep_token_id)
+    if frame is not None:
+        decides["frame"] = list(frame)
     staging = config.out / STAGING_NAME
     make_folder(staging)
     return stage_blocks(
@@ -157,6 +166,7 @@ def stage(source: Source, *, quiet: bool) -> StagedBlocks:
         vocab_size=source.teacher.vocab_size,
         limit_tokens=config.limit_tokens,
         last_block=config.last_block,
+        frame=frame,
         key=sha256_hex(canonical_json(decides)),
         quiet=quiet,
     )

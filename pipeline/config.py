@@ -19,7 +19,7 @@ class CaptureConfig(EncodingConfig, WorkersConfig):
     """What to run the teacher on, and what to keep of it."""
 
     teacher: str
-    """Causal language model: a local folder, a GGUF file or a hub name."""
+    """Causal or masked language model: a local folder, a GGUF file or a hub name."""
     text: tuple[str, ...] = Field(min_length=1)
     """Text: file (.jsonl, .json, .parquet, .txt, each also .gz or .zst), folder, glob, hub data set as
     NAME, NAME:CONFIG, NAME@REVISION or NAME:CONFIG@REVISION, or python-docs:train or :heldout; may be given more than
@@ -43,6 +43,18 @@ class CaptureConfig(EncodingConfig, WorkersConfig):
     """Stop after this many tokens of the corpus."""
     temperatures: tuple[float, ...] = (1.0, 2.0)
     """Temperatures that students may be trained at, ascending, from 0.05 to 100."""
+    mask_probability: float = Field(default=0.15, gt=0, le=1)
+    """Share of a block's tokens that a masked language model has to find out; special ones are left out."""
+    mask_keep: float = Field(default=0.1, ge=0, le=1)
+    """Share of these that it reads as they are."""
+    mask_random: float = Field(default=0.1, ge=0, le=1)
+    """Share of these in whose place it reads a random token; of all others it reads the mask."""
+    mask_smoothing: float = Field(default=0.7, ge=0)
+    """Tokens are masked in proportion to their count in the text to the power of minus this; 0 treats all alike."""
+    mask_seed: int = Field(default=0, ge=0, lt=1 << 63)
+    """Of what is masked."""
+    mask_positions: Literal["masked", "all"] = "masked"
+    """Which targets of a masked language model are kept: those of masked tokens, or all."""
     hidden_window: int = Field(default=32, ge=0)
     """Tokens averaged into one stored hidden state; 1 keeps each, 0 keeps none."""
     hidden_dtype: Literal["float16", "int8"] = "int8"
@@ -72,6 +84,8 @@ class CaptureConfig(EncodingConfig, WorkersConfig):
             raise ValueError("hidden_dtype means nothing without hidden_window")
         if self.hidden_window and self.block_tokens % self.hidden_window:
             raise ValueError(f"hidden_window {self.hidden_window} does not divide block_tokens {self.block_tokens}")
+        if self.mask_keep + self.mask_random > 1 + 1e-6:
+            raise ValueError(f"mask_keep {self.mask_keep:g} and mask_random {self.mask_random:g} are more than all")
         if self.batch_blocks > self.shard_blocks:
             raise ValueError(f"batch_blocks {self.batch_blocks} is more than shard_blocks {self.shard_blocks}")
         if self.limit_tokens is not None and self.last_block == "drop" and self.limit_tokens < self.block_tokens:

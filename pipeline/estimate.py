@@ -25,6 +25,7 @@ from cache_spec.shardfile import encode_shard, index_bytes
 from cache_spec.targets import Array
 from pipeline.config import CaptureConfig, TranscodeConfig
 from pipeline.inspect import describe_encoding
+from pipeline.masking import Masker
 from pipeline.shard import batches, encode_blocks, encoder_of
 from pipeline.source import Source, draft_manifest, resolve_source
 from pipeline.tables import at_temperatures, settled
@@ -44,22 +45,32 @@ def estimate(config: CaptureConfig) -> dict[str, Any]:
     counted = _count_tokens(source)
     num_tokens = counted.num_tokens
     batch_tokens = config.batch_blocks * config.block_tokens
-    if num_tokens < config.block_tokens and config.last_block == "drop":
-        raise BadInputError("too-little-text", "text", expected=f"{config.block_tokens} tokens", found=num_tokens)
-    num_blocks = num_tokens // config.block_tokens
+    num_framing = 0 if source.masking is None else 2
+    stream_tokens = config.block_tokens - num_framing
+    if num_tokens < stream_tokens and config.last_block == "drop":
+        raise BadInputError("too-little-text", "text", expected=f"{stream_tokens} tokens", found=num_tokens)
+    num_blocks = num_tokens // stream_tokens
     if config.last_block == "each":
         num_blocks = counted.num_blocks_each
     elif config.last_block == "drop":
-        num_tokens = num_blocks * config.block_tokens
+        num_tokens = num_blocks * stream_tokens
     else:
-        num_blocks = -(-num_tokens // config.block_tokens)
+        num_blocks = -(-num_tokens // stream_tokens)
+    num_tokens += num_blocks * num_framing
     ids_BT = np.resize(counted.sample_ids, batch_tokens).reshape(config.batch_blocks, config.block_tokens)
+    if source.masking is not None:
+        ids_BT[:, 0], ids_BT[:, -1] = source.masking.cls_token_id, source.masking.sep_token_id
     lengths_B = np.full(config.batch_blocks, config.block_tokens, np.uint32)
     teacher = load_teacher(source.files, device=config.device, dtype=config.dtype)
     manifest = draft_manifest(replace(source, encoding=settled(source.encoding, teacher.head)), num_blocks=num_blocks)
     encoder = encoder_of(manifest, _stand_ins(manifest, source.prototypes), teacher.device)
+    ids_BT = ids_BT.astype(manifest.geometry.id_dtype)
     start = time.perf_counter()
-    arrays = encode_blocks(manifest, teacher, encoder, ids_BT.astype(manifest.geometry.id_dtype), lengths_B, 0)
+    masks = None
+    if source.masking is not None:
+        counts_V = np.bincount(counted.sample_ids, minlength=source.teacher.vocab_size)
+        masks = Masker(source.masking, counts_V).masks(ids_BT, lengths_B, np.arange(len(ids_BT)))
+    arrays = encode_blocks(manifest, teacher, encoder, ids_BT, lengths_B, 0, masks)
     seconds = time.perf_counter() - start
     # One process keeps all cores of a CPU busy, so workers gain speed where each has a GPU of its own.
     num_devices = torch.cuda.device_count() if config.device in ("auto", "cuda") else 1
@@ -188,7 +199,8 @@ def _count_tokens(source: Source) -> _Counted:
     ratio = len(ids) / sampled if sampled else 0.0
     num_tokens = num_given + round(counted * ratio)
     sizes = np.concatenate([np.asarray(given_of_each, dtype=np.float64), np.asarray(chars_of_each) * ratio])
-    num_blocks = float(np.ceil(sizes / config.block_tokens).clip(1).sum())
+    stream_tokens = config.block_tokens - (0 if source.masking is None else 2)
+    num_blocks = float(np.ceil(sizes / stream_tokens).clip(1).sum())
     if config.limit_tokens is not None and num_tokens >= config.limit_tokens:
         num_blocks *= config.limit_tokens / num_tokens
         num_tokens, certainty = config.limit_tokens, "the limit"

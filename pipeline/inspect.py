@@ -16,6 +16,7 @@ import numpy as np
 
 from cache_spec.encodings.topk import Head, decode_odds
 from cache_spec.layout import array_specs, target_arrays
+from cache_spec.masking import SELECTED, real_positions
 from cache_spec.reader import ShardFile
 from cache_spec.receipts import committed_shards, read_manifest, read_receipt, read_seal
 from cache_spec.tables import table_files
@@ -24,16 +25,17 @@ from cache_spec.tables import table_files
 def inspect_cache(cache: Path) -> dict[str, Any]:
     """Facts about a cache: teacher, tokens, shards, bytes/token per array, tables, tail mass, teacher's loss.
 
-    Means are over the shards committed so far, each block weighing as its real tokens; None where there is nothing to
-    take the mean of, or where it is too large for a float. A table's bytes are those on disk.
+    Means are over the shards committed so far, each block weighing as its tokens that have targets; None where there is
+    nothing to take the mean of, or where it is too large for a float. A table's bytes are those on disk.
     """
     manifest = read_manifest(cache)
     specs, encoding = array_specs(manifest), manifest.encoding
     shards = committed_shards(cache, manifest)
     num_bytes = dict.fromkeys(specs, 0)
-    num_tokens, loss_nats, entropy_nats = 0, 0.0, 0.0
+    num_tokens, num_predicted, num_kept, loss_nats, entropy_nats = 0, 0, 0, 0.0, 0.0
     tail_mass_M = np.zeros(len(manifest.temperatures))
-    has_head = isinstance(encoding, Head)
+    has_head, masking = isinstance(encoding, Head), manifest.masking
+    extra = [*(["tail_log_odds"] if has_head else []), *([] if masking is None else [SELECTED])]
     for shard in shards:
         receipt = read_receipt(cache, manifest, shard)
         assert receipt is not None
@@ -41,24 +43,28 @@ def inspect_cache(cache: Path) -> dict[str, Any]:
             num_bytes[name] += receipt.files[name].num_bytes
         rows = {
             name: ShardFile(cache, specs[name], receipt).read_rows(receipt.num_blocks)
-            for name in ("block_lengths", "block_loss", "block_entropy", *(["tail_log_odds"] if has_head else []))
+            for name in ("block_lengths", "block_loss", "block_entropy", *extra)
         }
         lengths_B = rows["block_lengths"].astype(np.int64)
+        predicted_B, kept_BT = lengths_B - 1, real_positions(lengths_B, manifest.blocks.block_tokens)
+        if masking is not None:
+            predicted_B, kept_BT = rows[SELECTED].sum(1, dtype=np.int64), masking.kept(rows[SELECTED], lengths_B)
         num_tokens += int(lengths_B.sum())
-        loss_nats += float(rows["block_loss"] @ (lengths_B - 1))
-        entropy_nats += float(rows["block_entropy"] @ lengths_B)
+        num_predicted += int(predicted_B.sum())
+        num_kept += int(kept_BT.sum())
+        loss_nats += float(rows["block_loss"] @ predicted_B)
+        entropy_nats += float(rows["block_entropy"] @ kept_BT.sum(1))
         if isinstance(encoding, Head):
-            real_BT = np.arange(manifest.blocks.block_tokens) < lengths_B[:, None]
             odds_BMT = decode_odds(rows["tail_log_odds"], encoding.odds_step_nats).astype(np.float64)
-            tail_mass_M += ((1 / (1 + np.exp(-odds_BMT))) * real_BT[:, None]).sum((0, 2))
+            stored_BT = real_positions(kept_BT.sum(1), kept_BT.shape[1])
+            tail_mass_M += ((1 / (1 + np.exp(-odds_BMT))) * stored_BT[:, None]).sum((0, 2))
     table_bytes = {
         part.name: sum((cache / path).stat().st_size for path in table_files(part) if (cache / path).is_file())
         for part in encoding.tables(manifest.geometry)
     }
     target_bytes = sum(num_bytes[name] for name in target_arrays(manifest))
     total_bytes = sum(num_bytes.values()) + sum(table_bytes.values())
-    num_targets = num_tokens - sum(manifest.blocks.shard_range(s)[1] for s in shards)
-    mean_loss = _mean(loss_nats, num_targets)
+    mean_loss = _mean(loss_nats, num_predicted)
     return {
         "cache": str(cache),
         "fingerprint": manifest.fingerprint,
@@ -69,11 +75,13 @@ def inspect_cache(cache: Path) -> dict[str, Any]:
         "encoding": encoding.model_dump(mode="json"),
         "temperatures": list(manifest.temperatures),
         "hidden": manifest.hidden.model_dump(mode="json") if manifest.hidden else None,
+        "masking": manifest.masking.model_dump(mode="json") if manifest.masking else None,
         "compute": manifest.compute.model_dump(mode="json"),
         "provenance": manifest.provenance,
         "shards_done": len(shards),
         "shards_planned": manifest.blocks.num_shards,
         "tokens_done": num_tokens,
+        "targets_done": num_kept,
         "bytes": total_bytes,
         "bytes_per_token": _mean(total_bytes, num_tokens),
         "bytes_per_token_by_array": {name: _mean(size, num_tokens) for name, size in num_bytes.items()},
@@ -82,13 +90,13 @@ def inspect_cache(cache: Path) -> dict[str, Any]:
         "table_bytes": table_bytes,
         "table_bytes_per_token": _mean(sum(table_bytes.values()), num_tokens),
         "mean_tail_mass": {
-            f"{t:g}": _mean(float(mass), num_tokens) for t, mass in zip(manifest.temperatures, tail_mass_M, strict=True)
+            f"{t:g}": _mean(float(mass), num_kept) for t, mass in zip(manifest.temperatures, tail_mass_M, strict=True)
         }
         if has_head
         else {},
         "teacher_loss_nats": mean_loss,
         "teacher_perplexity": _exp(mean_loss),
-        "teacher_entropy_nats": _mean(entropy_nats, num_tokens),
+        "teacher_entropy_nats": _mean(entropy_nats, num_kept),
     }
 
 
@@ -119,6 +127,12 @@ def describe(facts: dict[str, Any]) -> list[str]:
         + (" and any other" if facts["encoding"]["name"] == "hidden" else ""),
         f"hidden       {pooled}",
     ]
+    if (masking := facts["masking"]) is not None:
+        lines.append(
+            f"masking      {masking['probability']:g} of a block's tokens: {masking['mask_share']:g} masked,"
+            f" {masking['keep_share']:g} kept, {masking['random_share']:g} random; smoothing {masking['smoothing']:g},"
+            f" seed {masking['seed']}; targets of {'these' if masking['positions'] == 'masked' else 'all'}"
+        )
     if "transcoded_from" in facts["provenance"]:
         lines.append(f"made from    cache {facts['provenance']['transcoded_from'][:16]}")
     if not facts["tokens_done"]:

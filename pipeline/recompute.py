@@ -19,10 +19,12 @@ from cache_spec.encodings.topk import Head
 from cache_spec.errors import BadInputError
 from cache_spec.layout import array_specs
 from cache_spec.manifest import Manifest
+from cache_spec.masking import REPLACEMENTS, SELECTED
 from cache_spec.reader import CacheReader
 from cache_spec.targets import Array, HeadTargets, HiddenTargets, PointTargets
 from cache_spec.validate import Problem
 from pipeline.folder import read_tables
+from pipeline.masking import Masks
 from pipeline.shard import encode_blocks, encoder_of
 from pipeline.source import TRANSCODED_FROM, TRANSCODED_STATES
 from pipeline.teacher import load_teacher
@@ -70,7 +72,8 @@ def compare_with_teacher(cache: Path, teacher: str | None, *, gguf_file: str | N
         first, count = blocks.shard_range(start // blocks.shard_blocks)
         chosen = range(start, min(start + batch, first + count))
         stored = {name: reader.read(name, chosen) for name in array_specs(manifest)}
-        fresh = encode_blocks(manifest, running, encoder, stored["input_ids"], stored["block_lengths"], start)
+        masks = None if manifest.masking is None else Masks(stored[SELECTED], stored[REPLACEMENTS])
+        fresh = encode_blocks(manifest, running, encoder, stored["input_ids"], stored["block_lengths"], start, masks)
         for what, bound, off in _differences(manifest, reader.prepared, stored, fresh, limit):
             if not off <= bound:
                 place = f"{cache} blocks {start} to {chosen[-1]}: {what}"

@@ -1,7 +1,7 @@
 """One shard: its staged blocks through the teacher and into the cache, in one static batch shape.
 
-In: a manifest, staged blocks, a loaded teacher and the encoder of the cache. Out: a committed shard, the same bytes
-wherever it was made.
+In: a manifest, staged blocks (and what masks them), a loaded teacher and the encoder of the cache. Out: a committed
+shard, the same bytes wherever it was made.
 
 Legend of axes: B blocks, T tokens, W windows, D teacher width.
 """
@@ -17,14 +17,16 @@ import torch
 from cache_spec.commit import commit_shard
 from cache_spec.encodings.hidden import encode_int8
 from cache_spec.manifest import HiddenInfo, Manifest
+from cache_spec.masking import REPLACEMENTS, SELECTED, MaskedText
 from cache_spec.receipts import Receipt, read_receipt
 from cache_spec.targets import Array
 from pipeline.blocks import StagedBlocks
 from pipeline.encoders import make_encoder
 from pipeline.encoders.spectrum import Encoder
+from pipeline.masking import Masker, Masks
 from pipeline.overlap import overlapped
 from pipeline.targets import encode_batch
-from pipeline.teacher import OutputHead, Teacher
+from pipeline.teacher import OutputHead, States, Teacher
 
 
 def encoder_of(manifest: Manifest, tables: Mapping[str, Array], device: torch.device) -> Encoder:
@@ -59,18 +61,25 @@ def overlaps(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-_Batch = tuple[torch.Tensor, Array, Array, int]
-"""Last hidden states of a batch in the static shape; ids, lengths and the number of its first block."""
+_Batch = tuple[States, Array, Array, int, Masks | None]
+"""What the teacher made of a batch in the static shape; its ids, lengths, number of its first block and masks."""
 
 
 def _read_by_teacher(
     manifest: Manifest, staged: StagedBlocks, teacher: Teacher, shard: int, on_tokens: Callable[[int], object]
 ) -> Iterator[_Batch]:
+    masker = masker_of(manifest, staged)
     for start, count in batches(manifest, shard):
-        ids_BT = staged.read(start, count)
-        hidden_BTD = teacher.hidden(padded(ids_BT, manifest.compute.batch_blocks))
-        yield hidden_BTD, ids_BT, staged.lengths(start, count), start
+        ids_BT, lengths_B = staged.read(start, count), staged.lengths(start, count)
+        masks = None if masker is None else masker.masks(ids_BT, lengths_B, np.arange(start, start + count))
+        yield read_blocks(manifest, teacher, ids_BT, lengths_B, masks), ids_BT, lengths_B, start, masks
         on_tokens(count * manifest.blocks.block_tokens)
+
+
+def masker_of(manifest: Manifest, staged: StagedBlocks) -> Masker | None:
+    """What masks the blocks of a cache; None where the teacher predicts the next token."""
+    info = manifest.masking
+    return None if info is None else Masker(info, staged.counts(manifest.teacher.vocab_size))
 
 
 def batches(manifest: Manifest, shard: int) -> list[tuple[int, int]]:
@@ -86,35 +95,53 @@ def joined(parts: list[dict[str, Array]]) -> dict[str, Array]:
 
 
 def encode_blocks(
-    manifest: Manifest, teacher: Teacher, encoder: Encoder, ids_BT: Array, lengths_B: Array, first_block: int
+    manifest: Manifest,
+    teacher: Teacher,
+    encoder: Encoder,
+    ids_BT: Array,
+    lengths_B: Array,
+    first_block: int,
+    masks: Masks | None = None,
 ) -> dict[str, Array]:
     """All arrays of at most one batch of blocks, computed in the one static batch shape of the cache."""
+    states = read_blocks(manifest, teacher, ids_BT, lengths_B, masks)
+    return encode_hidden(manifest, teacher.head, encoder, states, ids_BT, lengths_B, first_block, masks)
+
+
+def read_blocks(manifest: Manifest, teacher: Teacher, ids_BT: Array, lengths_B: Array, masks: Masks | None) -> States:
+    """What the teacher makes of at most one batch of blocks, in the static batch shape."""
     size = manifest.compute.batch_blocks
-    hidden_BTD = teacher.hidden(padded(ids_BT, size))
-    return encode_hidden(manifest, teacher.head, encoder, hidden_BTD, ids_BT, lengths_B, first_block)
+    masked = _masked(manifest, ids_BT, lengths_B, masks)
+    return teacher.states(padded(ids_BT if masked is None else masked.read_ids_BT, size), padded(lengths_B, size))
 
 
 def encode_hidden(
     manifest: Manifest,
     head: OutputHead,
     encoder: Encoder,
-    hidden_BTD: torch.Tensor,
+    states: States,
     ids_BT: Array,
     lengths_B: Array,
     first_block: int,
+    masks: Masks | None = None,
 ) -> dict[str, Array]:
     """All arrays of at most one batch of blocks, from last hidden states in the static batch shape."""
+    size = len(states.read_BTD)
     arrays = encode_batch(
         head,
-        hidden_BTD,
-        padded(ids_BT, len(hidden_BTD)),
-        padded(lengths_B, len(hidden_BTD)),
+        states.read_BTD,
+        padded(ids_BT, size),
+        padded(lengths_B, size),
         encoder=encoder,
         first_block=first_block,
         window=manifest.hidden.window if manifest.hidden else None,
+        masked=_masked(manifest, padded(ids_BT, size), padded(lengths_B, size), _padded_masks(masks, size)),
+        last_BTD=states.last_BTD,
     )
     if manifest.hidden is not None:
         arrays |= pooled_arrays(manifest.hidden, arrays["hidden"])
+    if masks is not None:
+        arrays |= {SELECTED: masks.selected_BT, REPLACEMENTS: masks.replacements_BT}
     return {name: rows[: len(ids_BT)] for name, rows in arrays.items()}
 
 
@@ -130,3 +157,14 @@ def padded(rows: Array, num_rows: int) -> Array:
     """A smaller batch could round differently; repeating its last block keeps the shape, and is cut off again."""
     missing = num_rows - len(rows)
     return np.concatenate([rows, np.repeat(rows[-1:], missing, axis=0)]) if missing else rows
+
+
+def _padded_masks(masks: Masks | None, num_rows: int) -> Masks | None:
+    return None if masks is None else Masks(*(padded(rows, num_rows) for rows in masks))
+
+
+def _masked(manifest: Manifest, ids_BT: Array, lengths_B: Array, masks: Masks | None) -> MaskedText | None:
+    if manifest.masking is None:
+        return None
+    assert masks is not None
+    return masks.text(manifest.masking, ids_BT, lengths_B)

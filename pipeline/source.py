@@ -27,6 +27,7 @@ from cache_spec.manifest import (
     TokenizerInfo,
     differences,
 )
+from cache_spec.masking import MIN_BLOCK_TOKENS, MaskingInfo
 from cache_spec.reader import CacheReader
 from cache_spec.tables import draft_digests
 from cache_spec.targets import Geometry
@@ -36,7 +37,15 @@ from pipeline.corpus import Corpus, resolve
 from pipeline.encoding_config import encoding_record
 from pipeline.tables import open_prototypes, refuse_other_prototypes
 from pipeline.teacher import pick_device, pick_dtype
-from pipeline.teacher_files import TeacherFiles, check_block_tokens, describe_teacher, resolve_teacher
+from pipeline.teacher_files import (
+    TeacherFiles,
+    check_block_tokens,
+    describe_teacher,
+    load_config,
+    load_tokenizer,
+    resolve_teacher,
+)
+from pipeline.teacher_kind import is_masked_lm, masking_tokens
 
 TRANSCODED_FROM = "transcoded_from"
 """In a manifest's provenance: fingerprint of the cache that it was made from without a teacher."""
@@ -58,6 +67,8 @@ class Source:
     """What follows from the teacher's weights (the type of a stored output head) is still open."""
     prototypes: CacheReader | None
     """Cache whose prototypes are taken over."""
+    masking: MaskingInfo | None
+    """How blocks are masked, for a teacher that finds out masked tokens."""
 
 
 def resolve_source(config: CaptureConfig) -> Source:
@@ -65,6 +76,7 @@ def resolve_source(config: CaptureConfig) -> Source:
     files = resolve_teacher(config.teacher, revision=config.revision, gguf_file=config.gguf_file)
     teacher, tokenizer = describe_teacher(files)
     check_block_tokens(teacher, config.block_tokens)
+    masking = _masking(config, files)
     device = pick_device(config.device)
     dtype = str(pick_dtype(config.dtype, device)).removeprefix("torch.")
     prototypes = open_prototypes(config.prototypes_from) if config.prototypes_from else None
@@ -86,6 +98,7 @@ def resolve_source(config: CaptureConfig) -> Source:
         compute=ComputeInfo(device_type=device.type, dtype=dtype, batch_blocks=config.batch_blocks),
         encoding=record,
         prototypes=prototypes,
+        masking=masking,
     )
     try:
         array_specs(draft_manifest(source, num_blocks=config.shard_blocks))
@@ -95,6 +108,34 @@ def resolve_source(config: CaptureConfig) -> Source:
             "chunk-too-large", error.place, expected=error.expected, found=error.found, hint=hint
         ) from None
     return source
+
+
+def _masking(config: CaptureConfig, files: TeacherFiles) -> MaskingInfo | None:
+    """How blocks are masked; BadInputError ``unused-setting`` where nothing is, ``block-too-short``."""
+    place = f"teacher {files.name}"
+    if not is_masked_lm(load_config(files)):
+        for name in sorted(config.model_fields_set):
+            if name.startswith("mask_"):
+                found = f"{name}, which means nothing to a model that predicts the next token"
+                raise BadInputError("unused-setting", place, found=found)
+        return None
+    if config.block_tokens < MIN_BLOCK_TOKENS:
+        expected = f"at least {MIN_BLOCK_TOKENS} tokens, as two of them frame a block"
+        raise BadInputError("block-too-short", f"blocks for {place}", expected=expected, found=config.block_tokens)
+    tokens = masking_tokens(load_tokenizer(files), place)
+    return MaskingInfo(
+        probability=config.mask_probability,
+        mask_share=max(0.0, 1.0 - config.mask_keep - config.mask_random),
+        keep_share=config.mask_keep,
+        random_share=config.mask_random,
+        smoothing=config.mask_smoothing,
+        seed=config.mask_seed,
+        positions=config.mask_positions,
+        mask_token_id=tokens.mask,
+        cls_token_id=tokens.cls,
+        sep_token_id=tokens.sep,
+        special_ids=tokens.special,
+    )
 
 
 def refuse_differences(existing: Manifest, source: Source) -> None:
@@ -139,6 +180,7 @@ def _content(source: Source, corpus: CorpusInfo, num_blocks: int, encoding: Enco
         "encoding": encoding,
         "temperatures": config.temperatures,
         "hidden": HiddenInfo(window=config.hidden_window, dtype=config.hidden_dtype) if config.hidden_window else None,
+        "masking": source.masking,
         "compute": source.compute,
     }
 

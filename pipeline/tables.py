@@ -94,6 +94,9 @@ def at_temperatures(reader: CacheReader, temperatures: tuple[float, ...]) -> dic
 def _sample(manifest: Manifest, encoding: Prototype) -> list[int]:
     """Blocks to learn prototypes from, ascending: drawn without replacement, one at least."""
     blocks = manifest.blocks
-    count = min(blocks.num_blocks, max(1, encoding.calibration_tokens // blocks.block_tokens))
+    block_rows = blocks.block_tokens
+    if manifest.masking is not None and manifest.masking.positions == "masked":
+        block_rows = max(1, int(manifest.masking.num_selected(np.array([block_rows]))[0]))
+    count = min(blocks.num_blocks, max(1, encoding.calibration_tokens // block_rows))
     chosen: list[int] = np.random.default_rng(encoding.seed).permutation(blocks.num_blocks)[:count].tolist()
     return sorted(chosen)

@@ -4,16 +4,19 @@ In: a teacher's last hidden states of B blocks, its output head, token ids and l
 these blocks, in their stored dtypes and layouts. Logits exist for a chunk of rows at a time, in float32; [B, T, V] is
 never held.
 
-Legend of axes: B blocks, T tokens, V real vocabulary, N = B*T rows, R rows of a chunk, D width, W windows, M
-temperatures.
+Legend of axes: B blocks, T tokens, V real vocabulary, N rows that are looked at (B*T, or the kept ones of masked text),
+R rows of a chunk, D width, W windows, M temperatures.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from cache_spec.errors import BadInputError
+from cache_spec.masking import MaskedText, places, real_positions
 from cache_spec.targets import Array, id_dtype
 from pipeline.encoders.draws import uniforms
 from pipeline.encoders.spectrum import Encoded, Encoder, encode_logits
@@ -27,6 +30,15 @@ _CPU_PART_BYTES = 2 << 20
 _FLOAT16_LARGEST = 65504.0
 
 
+class _Rows(NamedTuple):
+    """The rows that targets are made of, int64 [N] each."""
+
+    row_N: torch.Tensor
+    """Place among all B*T positions, ascending."""
+    gold_N: torch.Tensor
+    """The token that the row's distribution is about."""
+
+
 @torch.inference_mode()
 def encode_batch(
     head: OutputHead,
@@ -38,12 +50,15 @@ def encode_batch(
     first_block: int,
     window: int | None = None,
     chunk_rows: int | None = None,
+    masked: MaskedText | None = None,
+    last_BTD: torch.Tensor | None = None,
 ) -> dict[str, Array]:
     """Every stored array of B blocks by name, from the teacher's last hidden states of them.
 
     ``lengths_B`` counts the real tokens of each block, at least 1; ``first_block`` is the index of the first block in
     the cache: draws depend on it; ``window`` is the pooling window of hidden states, None to keep none;
-    ``chunk_rows`` is how many rows' logits are held at once.
+    ``chunk_rows`` is how many rows' logits are held at once. Of ``masked`` blocks, kept positions alone are encoded,
+    and come first. ``last_BTD`` is what is pooled, where the output head reads something else.
     Raises BadInputError: ``k-above-vocabulary``, ``bad-window``, ``non-finite-logits``,
     ``non-finite-normaliser``, ``hidden-overflow``.
     """
@@ -57,30 +72,40 @@ def encode_batch(
     assert lengths_B.min() >= 1
     assert lengths_B.max() <= num_tokens
 
-    rows = _encode_rows(encoder, head, hidden_BTD.flatten(0, 1), input_ids_BT, first_block, chunk_rows)
-    # Any NaN or inf among a row's logits makes its entropy NaN: a term p * log p has it as a factor.
-    _refuse_non_finite("non-finite-logits", rows.entropy_R, num_blocks, first_block)
-    _refuse_non_finite("non-finite-normaliser", rows.log_z_RM, num_blocks, first_block)
+    entries_N: Array | slice = slice(None)
+    places_N: Array | slice = slice(None)
+    if masked is None:
+        chosen = _Rows(torch.arange(input_ids_BT.size), _next_ids(input_ids_BT))
+        predicted_BT = real_positions(lengths_B.astype(np.int64) - 1, num_tokens)
+        kept_BT = real_positions(lengths_B, num_tokens)
+    else:
+        chosen, entries_N, places_N = _kept_rows(masked.kept_BT, input_ids_BT)
+        predicted_BT, kept_BT = masked.selected_BT, masked.kept_BT
+    rows = _encode_rows(encoder, head, hidden_BTD.flatten(0, 1), chosen, num_tokens, first_block, chunk_rows)
 
-    def per_token(values_N: torch.Tensor) -> Array:
-        array: Array = values_N.cpu().numpy()
+    def of_blocks(values_N: torch.Tensor, order_N: Array | slice) -> Array:
+        array: Array = values_N.cpu().numpy()[order_N]
         return array.reshape(num_blocks, num_tokens, *array.shape[1:])
 
-    lengths_B1 = lengths_B.astype(np.int64)[:, None]
-    position_T = np.arange(num_tokens)
+    # Any NaN or inf among a row's logits makes its entropy NaN: a term p * log p has it as a factor.
+    entropy_BT = of_blocks(rows.entropy_R, places_N)
+    _refuse_non_finite("non-finite-logits", entropy_BT, first_block)
+    _refuse_non_finite("non-finite-normaliser", of_blocks(rows.log_z_RM, places_N), first_block)
     arrays = {
         "input_ids": input_ids_BT.astype(id_dtype(vocab_size)),
         "block_lengths": lengths_B.astype(np.uint32),
-        "block_loss": _mean(per_token(rows.loss_R), position_T < lengths_B1 - 1),
-        "block_entropy": _mean(per_token(rows.entropy_R), position_T < lengths_B1),
+        "block_loss": _mean(of_blocks(rows.loss_R, places_N), predicted_BT),
+        "block_entropy": _mean(entropy_BT, kept_BT),
     }
-    arrays |= encoder.stored({name: per_token(values_N) for name, values_N in rows.columns.items()})
+    arrays |= encoder.stored({name: of_blocks(values_N, entries_N) for name, values_N in rows.columns.items()})
     if window is not None:
-        pooled_BWD = pool_hidden(hidden_BTD, torch.from_numpy(lengths_B.astype(np.int64)), window)
+        pooled_BWD = pool_hidden(
+            hidden_BTD if last_BTD is None else last_BTD, torch.from_numpy(lengths_B.astype(np.int64)), window
+        )
         arrays["hidden"] = pooled_BWD.cpu().numpy()
     for array in arrays.values():
         if array.dtype.kind == "f":
-            _refuse_non_finite("hidden-overflow", torch.from_numpy(array), num_blocks, first_block)
+            _refuse_non_finite("hidden-overflow", array, first_block)
     return arrays
 
 
@@ -104,12 +129,14 @@ def _encode_rows(
     encoder: Encoder,
     head: OutputHead,
     hidden_ND: torch.Tensor,
-    input_ids_BT: Array,
+    chosen: _Rows,
+    num_tokens: int,
     first_block: int,
     chunk_rows: int | None,
 ) -> Encoded:
-    num_tokens = input_ids_BT.shape[1]
     vocab_size, device = len(head.weight_VD), hidden_ND.device
+    if len(chosen.row_N) < len(hidden_ND):
+        hidden_ND = hidden_ND[chosen.row_N.to(device)]
     num_rows = min(chunk_rows or default_chunk_rows(vocab_size), len(hidden_ND))
     # Buffers are made once: fresh ones of this size cost a page fault every 4 KiB.
     logits_RV = torch.empty(num_rows, vocab_size, device=device)
@@ -119,8 +146,7 @@ def _encode_rows(
     if device.type == "cpu":
         part_rows = min(num_rows, max(1, _CPU_PART_BYTES * torch.get_num_threads() // (4 * vocab_size)))
     scaled_RV, mass_RV = (torch.empty(part_rows, vocab_size, device=device) for _ in range(2))
-    next_ids_N = _next_ids(input_ids_BT).to(device)
-    row_N = torch.arange(len(hidden_ND), device=device)
+    gold_N, row_N = chosen.gold_N.to(device), chosen.row_N.to(device)
     block_N = first_block + row_N.div(num_tokens, rounding_mode="floor")
     position_N = row_N.remainder(num_tokens)
     kept: list[Encoded] = []
@@ -138,7 +164,7 @@ def _encode_rows(
                     hidden_RD[here],
                     uniforms_RMN[here],
                     chunk_RV[here],
-                    next_ids_N[there][here],
+                    gold_N[there][here],
                     (scaled_RV[: here.stop - here.start], mass_RV[: here.stop - here.start]),
                 )
             )
@@ -160,6 +186,22 @@ def _next_ids(input_ids_BT: Array) -> torch.Tensor:
     return torch.from_numpy(np.roll(input_ids_BT, -1, axis=1).astype(np.int64).reshape(-1))
 
 
+def _kept_rows(kept_BT: Array, input_ids_BT: Array) -> tuple[_Rows, Array, Array]:
+    """The kept positions of masked blocks, position 0 of a block without any; and which of them stands where, [B*T].
+
+    First for what is stored: a block's own in their order, and then the last one again. Then for each position its own,
+    or that of the last kept one before it.
+    """
+    kept_BT = kept_BT.copy()
+    kept_BT[:, 0] |= ~kept_BT.any(1)
+    row_N = torch.from_numpy(kept_BT.reshape(-1).nonzero()[0])
+    gold_N = torch.from_numpy(input_ids_BT.astype(np.int64).reshape(-1))[row_N]
+    number_B = kept_BT.sum(1)
+    first_B1 = (number_B.cumsum() - number_B)[:, None]
+    entry_BT = np.minimum(np.arange(kept_BT.shape[1]), number_B[:, None] - 1)
+    return _Rows(row_N, gold_N), (first_B1 + entry_BT).reshape(-1), (first_B1 + places(kept_BT)).reshape(-1)
+
+
 def _mean(values_BT: Array, real_BT: Array) -> Array:
     """float32 [B]: mean over the real positions, summed in float64; 0 where there is none."""
     sums_B = np.where(real_BT, values_BT, 0).sum(1, dtype=np.float64)
@@ -167,8 +209,8 @@ def _mean(values_BT: Array, real_BT: Array) -> Array:
     return means_B.astype(np.float32)
 
 
-def _refuse_non_finite(kind: str, values: torch.Tensor, num_blocks: int, first_block: int) -> None:
-    finite_B = values.isfinite().reshape(num_blocks, -1).all(1).cpu().numpy()
+def _refuse_non_finite(kind: str, values: Array, first_block: int) -> None:
+    finite_B = np.isfinite(values).reshape(len(values), -1).all(1)
     if not finite_B.all():
         expected = {
             "non-finite-logits": "finite teacher logits",

@@ -56,14 +56,14 @@ def capture_task(ref: JobRef, shard: int) -> Committed:
     worker = get_worker()
     place = f"shard {shard}: {worker_place(worker)}"
     try:
-        with _lock:
+        with _lock:  # a teacher reads one batch at a time, however many threads the worker has
             prepared = _prepare(ref, worker)
-        manifest = prepared.manifest
-        if prepared.job.num_threads is not None:
-            torch.set_num_threads(prepared.job.num_threads)
-        receipt = capture_shard(
-            Path(prepared.job.out), manifest, prepared.staged, prepared.teacher, prepared.encoder, shard
-        )
+            manifest = prepared.manifest
+            if prepared.job.num_threads is not None:
+                torch.set_num_threads(prepared.job.num_threads)
+            receipt = capture_shard(
+                Path(prepared.job.out), manifest, prepared.staged, prepared.teacher, prepared.encoder, shard
+            )
     except BadInputError as error:
         cause = error.__cause__
         if error.kind != "cannot-write" or not isinstance(cause, OSError) or cause.errno in _LASTING:

@@ -1,4 +1,4 @@
-"""A causal language model, checked and ready to read blocks.
+"""A causal or masked language model, checked and ready to read blocks.
 
 In: a teacher's files. Out: ``Teacher``: last hidden states of a batch of blocks, the output head cut to the real
 vocabulary, and what the manifest says of model and tokenizer.
@@ -9,12 +9,12 @@ Legend of axes: B blocks, T tokens, V real vocabulary, D width, N rows.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM
+from torch import nn
 
 from cache_spec.errors import BadInputError
 from cache_spec.failures import first_line, is_out_of_memory
@@ -27,6 +27,7 @@ from pipeline.teacher_files import (
     quiet_transformers,
     source_options,
 )
+from pipeline.teacher_kind import is_masked_lm, model_class
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _HEAD_CHECK_LOGIT = 100.0
@@ -69,9 +70,18 @@ def _output_head(model: Any, vocab_size: int) -> OutputHead:
     return OutputHead(weight_VD=weight_VD, bias_V=None if bias is None else bias.detach()[:vocab_size].float())
 
 
+class States(NamedTuple):
+    """What a teacher makes of a batch of blocks, [B, T, D] in its dtype on its device."""
+
+    read_BTD: torch.Tensor
+    """What the output head reads."""
+    last_BTD: torch.Tensor
+    """The last hidden state, after the final norm: the same, but for a head that transforms it first."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Teacher:
-    """A loaded, checked causal language model in eval mode."""
+    """A loaded, checked language model in eval mode."""
 
     files: TeacherFiles
     info: TeacherInfo
@@ -81,6 +91,8 @@ class Teacher:
     head: OutputHead
     device: torch.device
     dtype: torch.dtype
+    is_masked_lm: bool
+    """Whether it reads both ways; its ``model`` then has no output head of its own any more."""
 
     @property
     def dtype_name(self) -> str:
@@ -93,6 +105,23 @@ class Teacher:
         ids_BT = torch.from_numpy(input_ids_BT.astype(np.int64)).to(self.device)
         hidden_BTD: torch.Tensor = self.model.base_model(input_ids=ids_BT).last_hidden_state
         return hidden_BTD
+
+    @torch.inference_mode()
+    def states(self, read_ids_BT: np.ndarray[Any, Any], lengths_B: np.ndarray[Any, Any]) -> States:
+        """What comes of blocks of ``lengths_B`` real tokens, as the teacher reads them."""
+        if not self.is_masked_lm:
+            # What lies behind a token changes nothing.
+            hidden_BTD = self.hidden(read_ids_BT)
+            return States(hidden_BTD, hidden_BTD)
+        ids_BT, last = torch.from_numpy(read_ids_BT.astype(np.int64)).to(self.device), []
+        real_BT = np.arange(read_ids_BT.shape[1]) < lengths_B[:, None]
+        mask_BT = torch.from_numpy(real_BT.astype(np.int64)).to(self.device)
+        hook = self.model.base_model.register_forward_hook(lambda _module, _inputs, output: last.append(output[0]))
+        try:
+            read_BTD: torch.Tensor = self.model(input_ids=ids_BT, attention_mask=mask_BT).logits
+        finally:
+            hook.remove()
+        return States(read_BTD, last[0])
 
 
 def load_teacher(
@@ -108,13 +137,13 @@ def load_teacher(
     place = f"teacher {files.name}"
     torch_device = pick_device(device)
     torch_dtype = pick_dtype(dtype, torch_device)
-    load_config(files)
+    config = load_config(files)
     tokenizer = load_tokenizer(files)
     options = source_options(files) | ({} if attention is None else {"attn_implementation": attention})
     options |= {} if files.gguf_file is not None else {"use_safetensors": True}
     try:
         with quiet_transformers():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = model_class(config).from_pretrained(
                 files.folder,
                 dtype=torch_dtype,
                 trust_remote_code=False,
@@ -151,9 +180,14 @@ def load_teacher(
         head=_output_head(model, info.vocab_size),
         device=torch_device,
         dtype=torch_dtype,
+        is_masked_lm=is_masked_lm(config),
     )
-    _check_reads_left_to_right(teacher)
-    _check_head(teacher)
+    if teacher.is_masked_lm:
+        _check_masked_head(teacher)
+        _take_head_off(model)
+    else:
+        _check_reads_left_to_right(teacher)
+        _check_head(teacher)
     return teacher
 
 
@@ -199,15 +233,7 @@ def _check_head(teacher: Teacher) -> None:
     """Compare the model's own logits with ours, on hidden states scaled up so that a soft cap or factor shows."""
     ids_BT = _check_ids(teacher.info)
     seen: list[torch.Tensor] = []
-
-    def ours(hidden_BTD: torch.Tensor) -> torch.Tensor:
-        hidden_ND = hidden_BTD.flatten(0, 1)
-        return teacher.head.logits(
-            hidden_ND, torch.empty(len(hidden_ND), teacher.info.vocab_size, device=teacher.device)
-        )
-
-    hidden_BTD = teacher.hidden(ids_BT)
-    scale = _HEAD_CHECK_LOGIT / ours(hidden_BTD).abs().max().clamp_min(1e-6)
+    scale = _HEAD_CHECK_LOGIT / _logits(teacher, teacher.hidden(ids_BT)).abs().max().clamp_min(1e-6)
 
     def scale_up(_module: Any, _inputs: Any, output: Any) -> Any:
         output.last_hidden_state = (output.last_hidden_state.float() * scale).to(teacher.dtype)
@@ -216,17 +242,59 @@ def _check_head(teacher: Teacher) -> None:
 
     hook = teacher.model.base_model.register_forward_hook(scale_up)
     try:
-        ids = torch.from_numpy(ids_BT).to(teacher.device)
-        theirs_NV = teacher.model(input_ids=ids).logits.flatten(0, 1)[:, : teacher.info.vocab_size].float()
+        theirs_NV = _own_logits(teacher, ids_BT)
     finally:
         hook.remove()
-    ours_NV = ours(seen[0])
+    _compare(teacher, seen, theirs_NV)
+
+
+@torch.inference_mode()
+def _check_masked_head(teacher: Teacher) -> None:
+    """The same where the head is the last of several modules: what it reads is scaled up, at its own door."""
+    ids_BT, seen, scale = _check_ids(teacher.info), [], 1.0
+
+    def scale_up(_module: Any, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+        seen.append((inputs[0].float() * scale).to(teacher.dtype))
+        return (seen[-1],)
+
+    hook = teacher.model.get_output_embeddings().register_forward_pre_hook(scale_up)
+    try:
+        scale = float(_HEAD_CHECK_LOGIT / _own_logits(teacher, ids_BT).abs().max().clamp_min(1e-6))
+        theirs_NV = _own_logits(teacher, ids_BT)
+    finally:
+        hook.remove()
+    _compare(teacher, seen[1:], theirs_NV)
+
+
+def _take_head_off(model: Any) -> None:
+    """Put in the output head's place a module that lets pass what it reads: what is in front of it then comes out."""
+    head = model.get_output_embeddings()
+    parent, _, name = next(name for name, module in model.named_modules() if module is head).rpartition(".")
+    setattr(model.get_submodule(parent), name, nn.Identity())
+
+
+def _own_logits(teacher: Teacher, ids_BT: np.ndarray[Any, Any]) -> torch.Tensor:
+    """float32 [N, V]: what the model itself makes of ids."""
+    logits_BTV: torch.Tensor = teacher.model(input_ids=torch.from_numpy(ids_BT).to(teacher.device)).logits
+    return logits_BTV.flatten(0, 1)[:, : teacher.info.vocab_size].float()
+
+
+def _logits(teacher: Teacher, hidden_BTD: torch.Tensor) -> torch.Tensor:
+    hidden_ND = hidden_BTD.flatten(0, 1)
+    return teacher.head.logits(hidden_ND, torch.empty(len(hidden_ND), teacher.info.vocab_size, device=teacher.device))
+
+
+def _compare(teacher: Teacher, seen: list[torch.Tensor], theirs_NV: torch.Tensor) -> None:
+    place, expected = f"teacher {teacher.info.name}", "logits equal to the last hidden state times the output head"
+    if not seen:
+        raise BadInputError("unsupported-head", place, expected=expected, found="an output head that is never called")
+    ours_NV = _logits(teacher, seen[0])
     # A teacher of NaNs passes: the first block that it reads says so.
     error = (ours_NV - theirs_NV).abs().max()
     if error > _TOLERANCES[teacher.dtype] * ours_NV.abs().max():
         raise BadInputError(
             "unsupported-head",
-            f"teacher {teacher.info.name}",
-            expected="logits equal to the last hidden state times the output head",
+            place,
+            expected=expected,
             found=f"a difference of {error:.3g} ({teacher.info.model_type} scales or caps its logits)",
         )

@@ -21,12 +21,13 @@ import huggingface_hub
 import torch
 import transformers
 from pydantic import ValidationError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers import AutoConfig, AutoTokenizer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from cache_spec.errors import BadInputError
 from cache_spec.failures import first_line
 from cache_spec.manifest import TeacherInfo, TokenizerInfo, canonical_json, sha256_hex
+from pipeline.teacher_kind import MASKED_LM_HEADS, is_masked_lm, model_class, unused_positions
 
 _HUB_PATTERNS = ["model*.safetensors", "*.json", "*.model", "*.txt", "*.tiktoken", "*.jinja"]
 _UNSAFE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
@@ -207,14 +208,13 @@ def tokenizer_sha256(tokenizer: Any) -> str:
 def describe_teacher(files: TeacherFiles) -> tuple[TeacherInfo, TokenizerInfo]:
     """What the manifest says of teacher and tokenizer, without loading a weight (the files are hashed).
 
-    Raises BadInputError: ``unreadable-config``, ``not-a-causal-lm``, ``no-tokenizer``, ``no-eos``,
+    Raises BadInputError: ``unreadable-config``, ``not-a-language-model``, ``no-tokenizer``, ``no-eos``,
     ``vocabulary-mismatch``, ``unsupported-head``.
     """
     config, tokenizer = load_config(files), load_tokenizer(files)
-    causal_lm: Any = AutoModelForCausalLM
     try:
         with quiet_transformers(), torch.device("meta"):
-            model = causal_lm.from_config(config, trust_remote_code=False)
+            model = model_class(config).from_config(config, trust_remote_code=False)
     except Exception as error:  # each architecture fails in its own way on numbers that make no sense
         found = f"{type(error).__name__}: {first_line(error)}"
         raise BadInputError("unreadable-config", f"teacher {files.name}", found=found) from None
@@ -234,7 +234,7 @@ def check_block_tokens(info: TeacherInfo, block_tokens: int) -> None:
 
 
 def load_config(files: TeacherFiles) -> Any:
-    """The config of a decoder-only language model: BadInputError ``unreadable-config``, ``not-a-causal-lm``."""
+    """The config of a language model, causal or masked: ``unreadable-config``, ``not-a-language-model``."""
     place = f"teacher {files.name}"
     if files.gguf_file is None and not (files.folder / "config.json").is_file():
         raise BadInputError("unreadable-config", place, found="no config.json")
@@ -248,14 +248,15 @@ def load_config(files: TeacherFiles) -> Any:
     found = None
     if config.is_encoder_decoder:
         found = f"{kind}, an encoder-decoder"
+    elif is_masked_lm(config):
+        named = config.architectures or []
+        if named and not any(name.endswith(MASKED_LM_HEADS) for name in named):
+            found = f"{kind}, {named[0]}"
     elif kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         found = kind
-    elif kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not (
-        getattr(config, "is_decoder", False) or getattr(config, "causal", False)
-    ):
-        found = f"{kind}, an encoder"
     if found is not None:
-        raise BadInputError("not-a-causal-lm", place, expected="a decoder-only language model", found=found)
+        expected = "a decoder-only or a masked language model"
+        raise BadInputError("not-a-language-model", place, expected=expected, found=found)
     return config
 
 
@@ -281,6 +282,9 @@ def describe_model(files: TeacherFiles, model: Any, tokenizer: Any) -> tuple[Tea
     if getattr(head, "weight", None) is None or head.weight.ndim != 2:
         raise BadInputError("unsupported-head", place, expected="one linear output head")
     rows, width = head.weight.shape
+    if is_masked_lm(config) and width != text.hidden_size:
+        expected = f"an output head that reads {text.hidden_size} numbers, the model's width"
+        raise BadInputError("unsupported-head", place, expected=expected, found=width)
     vocab_size = max(tokenizer.get_vocab().values()) + 1
     if vocab_size > rows:
         raise BadInputError(
@@ -291,6 +295,8 @@ def describe_model(files: TeacherFiles, model: Any, tokenizer: Any) -> tuple[Tea
             hint="tokenizer and model do not belong together",
         )
     eos = tokenizer.eos_token_id
+    if eos is None and is_masked_lm(config):
+        eos = tokenizer.sep_token_id
     if eos is None:
         eos = next((e for e in (text.eos_token_id, config.eos_token_id) if e is not None), None)
     eos = eos[0] if isinstance(eos, list | tuple) and eos else eos
@@ -310,7 +316,9 @@ def describe_model(files: TeacherFiles, model: Any, tokenizer: Any) -> tuple[Tea
             hidden_size=width,
             num_layers=text.num_hidden_layers,
             num_parameters=sum(parameter.numel() for parameter in model.parameters()),
-            max_positions=next((n for key in positions if (n := getattr(text, key, None))), None),
+            max_positions=next(
+                (n - unused_positions(model) for key in positions if (n := getattr(text, key, None))), None
+            ),
         )
     except ValidationError as error:
         first = error.errors()[0]

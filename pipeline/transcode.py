@@ -25,6 +25,7 @@ from cache_spec.encodings.prototype import Prototype, encode_ranks, encode_resid
 from cache_spec.encodings.topk import EMPTY_TAIL, Head, TopK, encode_gaps, encode_odds
 from cache_spec.errors import BadInputError, WouldLoseDataError
 from cache_spec.manifest import HiddenInfo, Manifest, differences
+from cache_spec.masking import REPLACEMENTS, SELECTED
 from cache_spec.reader import CacheReader
 from cache_spec.tables import draft_digests
 from cache_spec.targets import Array, Geometry, HeadTargets, HiddenTargets
@@ -32,11 +33,12 @@ from pipeline import folder
 from pipeline.config import TranscodeConfig
 from pipeline.encoders.spectrum import Encoder
 from pipeline.encoding_config import encoding_record, refuse_unused
+from pipeline.masking import Masks, kept_first
 from pipeline.shard import batches, encode_hidden, encoder_of, joined, padded, pooled_arrays
 from pipeline.source import TRANSCODED_FROM, TRANSCODED_STATES, provenance
 from pipeline.tables import at_temperatures, make_tables, open_prototypes, refuse_other_prototypes
 from pipeline.targets import pool_hidden
-from pipeline.teacher import OutputHead, pick_device
+from pipeline.teacher import OutputHead, States, pick_device
 
 logger = logging.getLogger("kdpipe")
 
@@ -108,9 +110,12 @@ class Transcoding:
         with tqdm(unit="tok", unit_scale=True, desc="calibration", disable=quiet or None) as bar:
 
             def hidden_of(blocks: Sequence[int]) -> tuple[torch.Tensor, Array]:
-                hidden_BTD = self.hidden(blocks)
+                hidden_BTD = torch.from_numpy(self.hidden(blocks)).to(self.device)
                 bar.update(hidden_BTD.shape[0] * hidden_BTD.shape[1])
-                return torch.from_numpy(hidden_BTD).to(self.device), self.reader.lengths(blocks)
+                masked = self.reader.masked(blocks)
+                if masked is None:
+                    return hidden_BTD, self.reader.lengths(blocks)
+                return kept_first(hidden_BTD, masked.kept_BT)
 
             return make_tables(self.manifest, self.head, hidden_of, self.prototypes)
 
@@ -123,14 +128,16 @@ class Transcoding:
             if self._encoder is None:
                 self._encoder = encoder_of(self.manifest, tables, self.device)
             hidden_BTD = padded(self.hidden(blocks), self.manifest.compute.batch_blocks)
+            states_BTD = torch.from_numpy(hidden_BTD).to(self.device)
             arrays = encode_hidden(
                 self.manifest,
                 self.head,
                 self._encoder,
-                torch.from_numpy(hidden_BTD).to(self.device),
+                States(states_BTD, states_BTD),
                 ids_BT,
                 lengths_B,
                 blocks[0],
+                self.masks(blocks),
             )
         else:
             arrays = {**self._kept(blocks, tables), "input_ids": ids_BT, "block_lengths": lengths_B}
@@ -140,8 +147,15 @@ class Transcoding:
                 arrays |= pooled_arrays(pooled, pooled_BWD.numpy())
         if pooled is not None and _widens(self.source.hidden, pooled):
             arrays |= self._pooled(blocks, lengths_B, pooled)
-        # What the teacher said of the text does not depend on what is kept of it.
-        return arrays | {name: self.reader.read(name, blocks) for name in ("block_loss", "block_entropy")}
+        # What the teacher read, and said of it, does not depend on what is kept of it.
+        same = ["block_loss", "block_entropy", *([] if self.source.masking is None else [SELECTED, REPLACEMENTS])]
+        return arrays | {name: self.reader.read(name, blocks) for name in same}
+
+    def masks(self, blocks: Sequence[int]) -> Masks | None:
+        """How the old cache's blocks were masked, if they were."""
+        if self.source.masking is None:
+            return None
+        return Masks(self.reader.read(SELECTED, blocks), self.reader.read(REPLACEMENTS, blocks))
 
     def hidden(self, blocks: Sequence[int]) -> Array:
         """float32 [B, T, D]: the old cache's last hidden states."""
@@ -163,7 +177,8 @@ class Transcoding:
         old, new = self.source.encoding, self.manifest.encoding
         stored = {part.name: self.reader.read(part.name, blocks) for part in old.arrays(self.source.geometry)}
         if isinstance(old, Hidden) and isinstance(new, Hidden) and old.dtype != new.dtype:
-            codes_BTD, scale_BT = encode_int8(self.hidden(blocks))
+            states = old.decode(stored, self.source.geometry, 0, self.reader.path)
+            codes_BTD, scale_BT = encode_int8(states.hidden_BTD.astype(np.float32))
             return {"last_hidden": codes_BTD, "last_hidden_scale": scale_BT}
         if isinstance(old, Head) and isinstance(new, Head) and (old != new or isinstance(new, Prototype)):
             return self._head_arrays(old, new, stored, tables)
@@ -311,8 +326,10 @@ def _hidden_info(config: TranscodeConfig, source: Manifest, geometry: Geometry) 
         expected = f"a divisor of {geometry.block_tokens} tokens"
         raise BadInputError("bad-window", f"hidden window {window}", expected=expected)
     info = HiddenInfo(window=window, dtype=config.hidden_dtype or (old.dtype if old else "float16"))
-    if not _widens(old, info) and not isinstance(source.encoding, Hidden):
-        needed = f"hidden states of a window that divides {window}, in {info.dtype} or finer, or {_FROM_HIDDEN}"
+    # What a masked language model's output head reads is not its last hidden state.
+    if not _widens(old, info) and not (isinstance(source.encoding, Hidden) and source.masking is None):
+        needed = f"hidden states of a window that divides {window}, in {info.dtype} or finer"
+        needed += f", or {_FROM_HIDDEN}" if source.masking is None else ""
         raise _refusal(config.cache, f"hidden states of window {window} in {info.dtype}", needed)
     return info
 

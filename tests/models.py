@@ -24,6 +24,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt_neox": {**SIZES, **TOKENS, "intermediate_size": 48, "max_position_embeddings": 64},
     "qwen2": {**LLAMA, **TOKENS, "tie_word_embeddings": True},
 }
+MASKED_FAMILIES: dict[str, dict[str, Any]] = {
+    "bert": {**SIZES, "intermediate_size": 48, "max_position_embeddings": 64, "pad_token_id": 0},
+    "distilbert": {**SIZES, "hidden_dim": 48, "max_position_embeddings": 64, "pad_token_id": 0},
+    # The padding's id is left out of the positions: it takes the first ones.
+    "roberta": {**SIZES, "intermediate_size": 48, "max_position_embeddings": 65, "pad_token_id": 0},
+}
+BERT_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 ENCODINGS: dict[str, dict[str, Any]] = {
     "topk": {"k": 8},
@@ -46,16 +53,27 @@ def make_tokenizer(vocab_size: int, eos: str | None = "<eos>", *, backwards: boo
     return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token=eos)
 
 
+def make_masking_tokenizer(vocab_size: int) -> Any:
+    """A WordPiece tokenizer whose word ``wN`` is token N, from N = 5 on; before that come BERT's special tokens."""
+    words = {token: number for number, token in enumerate(BERT_SPECIAL)}
+    words |= {f"w{number}": number for number in range(len(words), vocab_size)}
+    backend = Tokenizer(models.WordPiece(vocab=words, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    names = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **dict(zip(names, BERT_SPECIAL, strict=True)))
+
+
 def make_model(family: str, *, std: float | None = None, **changes: Any) -> Any:
-    """A seeded random causal language model; settings may have the architecture's own names or the common ones.
+    """A seeded random language model; settings may have the architecture's own names or the common ones.
 
     ``std`` draws every parameter anew from a normal distribution: norms and biases too, so that a mix-up shows.
     """
     torch.manual_seed(0)
-    settings = FAMILIES.get(family, LLAMA | TOKENS) | changes
+    is_masked = family in MASKED_FAMILIES
+    settings = (MASKED_FAMILIES if is_masked else FAMILIES).get(family, LLAMA | TOKENS) | changes
     own_names = transformers.AutoConfig.for_model(family).attribute_map
     config = transformers.AutoConfig.for_model(family, **{own_names.get(key, key): settings[key] for key in settings})
-    auto: Any = transformers.AutoModelForCausalLM
+    auto: Any = transformers.AutoModelForMaskedLM if is_masked else transformers.AutoModelForCausalLM
     model = auto.from_config(config)
     if std is not None:
         for parameter in model.parameters():
@@ -70,7 +88,8 @@ def make_folder(folder: Path, family: str = "gpt2", vocab_size: int = 100, sprea
         for parameter in model.parameters():
             parameter.mul_(spread)
     model.save_pretrained(folder)
-    make_tokenizer(vocab_size).save_pretrained(folder)
+    tokenizer = make_masking_tokenizer if family in MASKED_FAMILIES else make_tokenizer
+    tokenizer(vocab_size).save_pretrained(folder)
     return folder
 
 

@@ -25,6 +25,7 @@ from cache_spec.manifest import (
     TeacherInfo,
     TokenizerInfo,
 )
+from cache_spec.masking import MaskingInfo
 from cache_spec.receipts import write_seal
 from cache_spec.tables import draft_digests
 from cache_spec.targets import Array, Geometry
@@ -58,6 +59,7 @@ def make_manifest(
     model_type: str = "gpt2",
     num_layers: int = 2,
     weights_sha256: str = "1" * 64,
+    masking: MaskingInfo | None = None,
 ) -> Manifest:
     """A consistent manifest of a made-up teacher; ``encoding`` is ``topk`` of ``k`` where none is given."""
     encoding = encoding or TopK(k=k)
@@ -92,6 +94,7 @@ def make_manifest(
         encoding=encoding,
         temperatures=temperatures,
         hidden=HiddenInfo(window=window, dtype=hidden_dtype) if window else None,  # type: ignore[arg-type]
+        masking=masking,
         compute=ComputeInfo(device_type="cpu", dtype="float32", batch_blocks=2),
         tables=draft_digests(encoding.tables(Geometry(block_tokens, temperatures, vocab_size, hidden_size))),
         files={},

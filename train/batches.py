@@ -16,8 +16,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from cache_spec.masking import MaskedText
 from cache_spec.reader import CacheReader
-from train.distil_batch import DistilBatch, TermCounts, count_terms, to_tensors
+from train.distil_batch import DistilBatch, TermCounts, count_terms, masked_tensors, to_tensors
 from train.order import EpochOrder, IndexArray
 from train.redraw import redrawn
 from train.trim import trimmed
@@ -95,11 +96,13 @@ def micro_batches(
     rank: int = 0,
     draws_per_step: int | None = None,
     with_hidden: bool = True,
+    masked_only: bool = False,
     pin_memory: bool = False,
 ) -> Iterator[MicroBatch]:
     """Yield all micro-batches of one rank from ``first_step`` to the end of the run, in order; only they are read.
 
-    Every rank makes as many passes: where a step has none left for it, it gets a block without a real token.
+    Of masked text with ``masked_only``, targets count at selected positions alone. Every rank makes as many passes:
+    where a step has none left for it, it gets a block without a real token.
     """
     manifest = reader.manifest
     window = manifest.hidden.window if manifest.hidden else None
@@ -109,7 +112,9 @@ def micro_batches(
         if order is None or order.epoch != epoch:
             order = epoch_order(reader, plan, epoch=epoch, seed=seed, window_shards=window_shards)
         step_blocks = order.indices(start, min(plan.step_blocks, plan.num_blocks - start))
-        counts = count_terms(torch.from_numpy(reader.lengths(step_blocks).astype(np.int64)), window)
+        lengths_B, text = torch.from_numpy(reader.lengths(step_blocks).astype(np.int64)), reader.masked(step_blocks)
+        masked = None if text is None else masked_tensors(restricted(text) if masked_only else text)
+        counts = count_terms(lengths_B, window, masked)
         pieces = [step_blocks[i : i + plan.batch_blocks] for i in range(0, len(step_blocks), plan.batch_blocks)]
         passes = -(-len(pieces) // plan.num_ranks)
         for turn in range(passes):
@@ -117,6 +122,8 @@ def micro_batches(
             idle = number >= len(pieces)
             blocks = pieces[-1][:1] if idle else pieces[number]
             stored = reader.batch(blocks, temperature, with_hidden=with_hidden)
+            if masked_only and stored.masked is not None:
+                stored = replace(stored, masked=restricted(stored.masked))
             stored = redrawn(stored, manifest, blocks, draws_per_step=draws_per_step, seed=seed, epoch=epoch)
             batch = to_tensors(trimmed(stored, window), pin_memory=pin_memory)
             yield MicroBatch(
@@ -128,6 +135,11 @@ def micro_batches(
                 counts=counts,
                 ends_step=turn == passes - 1,
             )
+
+
+def restricted(text: MaskedText) -> MaskedText:
+    """The same masked blocks, where the targets of selected tokens alone count."""
+    return replace(text, kept_BT=text.selected_BT)
 
 
 def epoch_order(reader: CacheReader, plan: StepPlan, *, epoch: int, seed: int, window_shards: int) -> EpochOrder:

@@ -75,6 +75,8 @@ class TrainConfig(BaseModel):
     """Probability of every dropout of the student; default: what the model's config says."""
     freeze_position_embeddings: bool = False
     """Keep learnt position embeddings as they start."""
+    freeze_token_type_embeddings: bool = False
+    """Keep token type embeddings, which models as bert have, as they start."""
 
     temperature: float = Field(default=1.0, gt=0)
     """Temperature of the distillation loss; one of those declared in the cache."""
@@ -84,8 +86,10 @@ class TrainConfig(BaseModel):
     """Share of the teacher in the mixture of divergence = js; default: 0.5."""
     kl_weight: float = Field(default=0.9, ge=0)
     """Weight of the divergence from the teacher's distribution."""
+    kl_positions: Literal["kept", "masked"] = "kept"
+    """Where the divergence counts on masked text: at all positions that the cache kept, or at masked tokens alone."""
     ce_weight: float = Field(default=0.1, ge=0)
-    """Weight of the cross-entropy of the text's own next token."""
+    """Weight of the cross-entropy of the text's own next token, or, on masked text, of its masked ones."""
     cosine_weight: float = Field(default=0.0, ge=0)
     """Weight of one minus the cosine between pooled hidden states."""
     mse_weight: float = Field(default=0.0, ge=0)

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from cache_spec.manifest import Manifest
 from cache_spec.reader import CacheReader
-from train.batches import StepPlan, epoch_order
+from train.batches import StepPlan, epoch_order, restricted
 from train.distil_batch import DistilBatch, to_tensors
 
 
@@ -28,10 +28,19 @@ class CacheDataset(Dataset[DistilBatch]):
         cache: folder of the finished cache.
         temperature: of the targets; BadInputError ``undeclared-temperature`` for one that the cache does not serve.
         with_hidden: read pooled hidden states where the cache has them; a loss without them is faster.
+        masked_only: of masked text, let the targets of masked tokens alone count.
     """
 
-    def __init__(self, cache: str | Path, *, temperature: float = 1.0, with_hidden: bool = True) -> None:
+    def __init__(
+        self,
+        cache: str | Path,
+        *,
+        temperature: float = 1.0,
+        with_hidden: bool = True,
+        masked_only: bool = False,
+    ) -> None:
         self.cache, self.temperature, self.with_hidden = Path(cache), temperature, with_hidden
+        self.masked_only = masked_only
         self._opened: tuple[int, CacheReader] | None = None
         self.manifest.temperature_index(temperature)
 
@@ -59,6 +68,8 @@ class CacheDataset(Dataset[DistilBatch]):
     def __getitems__(self, blocks: Sequence[int]) -> list[DistilBatch]:
         """One batch of all these blocks, in a list, as a DataLoader asks; of none, one block that counts nothing."""
         read = self.reader.batch(list(blocks) or [0], self.temperature, with_hidden=self.with_hidden)
+        if self.masked_only and read.masked is not None:
+            read = replace(read, masked=restricted(read.masked))
         batch = to_tensors(read)
         return [batch if blocks else replace(batch, lengths_B=torch.zeros_like(batch.lengths_B))]
 

@@ -8,13 +8,14 @@ Legend: B batch, T time, K kept, S residual draws, J points, W windows, D teache
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import astuple, dataclass, fields, replace
 from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from cache_spec.masking import MaskedText
 from cache_spec.reader import TargetBatch
 from cache_spec.targets import HeadTargets, PointTargets, Targets
 
@@ -89,6 +90,18 @@ StoredTensors = HeadTensors | PointTensors | HiddenTensors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MaskedTensors(_Tensors):
+    """``MaskedText`` as tensors."""
+
+    read_ids_BT: Tensor
+    """int32: what the student reads."""
+    selected_BT: Tensor
+    """bool: tokens to be found out."""
+    kept_BT: Tensor
+    """bool: positions whose targets count."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DistilBatch(_Tensors):
     """Blocks and their targets, as tensors on one device; blocks are packed and padded on the right only."""
 
@@ -100,25 +113,47 @@ class DistilBatch(_Tensors):
     """What the teacher says after each position."""
     hidden_BWD: Tensor | None = None
     """float16 or float32, the teacher's last hidden state, mean over each window's real tokens."""
+    masked: MaskedTensors | None = None
+    """How the blocks were masked; None where the next token is predicted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TermCounts:
     """What each term is divided by: global counts over the accumulation window (all micro-batches, all ranks)."""
 
-    kl_tokens: float
+    tokens: float
     """Real tokens."""
+    kl_tokens: float
+    """Real tokens; of masked text those whose targets count."""
     ce_tokens: float
-    """Real tokens that have a next one in their block."""
+    """Real tokens that have a next one in their block; of masked text the selected ones."""
     hidden_windows: float
     """Windows with at least one real token."""
 
+    def __add__(self, other: TermCounts) -> TermCounts:
+        pairs = zip(astuple(self), astuple(other), strict=True)
+        return TermCounts(**{field.name: sum(pair) for field, pair in zip(fields(self), pairs, strict=True)})
 
-def count_terms(lengths_B: Tensor, window: int | None) -> TermCounts:
+
+def count_terms(lengths_B: Tensor, window: int | None, masked: MaskedTensors | None = None) -> TermCounts:
     """What one micro-batch adds to the global counts."""
     windows = 0 if window is None else int((lengths_B + window - 1).div(window, rounding_mode="floor").sum())
-    ce_tokens = int((lengths_B - 1).clamp(min=0).sum())
-    return TermCounts(kl_tokens=int(lengths_B.sum()), ce_tokens=ce_tokens, hidden_windows=windows)
+    tokens = int(lengths_B.sum())
+    if masked is None:
+        ce_tokens = int((lengths_B - 1).clamp(min=0).sum())
+        return TermCounts(tokens=tokens, kl_tokens=tokens, ce_tokens=ce_tokens, hidden_windows=windows)
+    real_BT = torch.arange(masked.kept_BT.shape[1], device=lengths_B.device) < lengths_B.unsqueeze(1)
+    kl_tokens, ce_tokens = (int((each_BT & real_BT).sum()) for each_BT in (masked.kept_BT, masked.selected_BT))
+    return TermCounts(tokens=tokens, kl_tokens=kl_tokens, ce_tokens=ce_tokens, hidden_windows=windows)
+
+
+def masked_tensors(text: MaskedText) -> MaskedTensors:
+    """Masked blocks as host tensors."""
+    return MaskedTensors(
+        read_ids_BT=from_numpy(text.read_ids_BT, np.int32),
+        selected_BT=from_numpy(text.selected_BT),
+        kept_BT=from_numpy(text.kept_BT),
+    )
 
 
 def to_tensors(batch: TargetBatch, *, pin_memory: bool = False) -> DistilBatch:
@@ -147,11 +182,13 @@ def to_tensors(batch: TargetBatch, *, pin_memory: bool = False) -> DistilBatch:
             )
         return HiddenTensors(hidden_BTD=tensor(targets.hidden_BTD))
 
+    masked = None if batch.masked is None else masked_tensors(batch.masked)
     return DistilBatch(
         input_ids_BT=tensor(batch.input_ids_BT, np.int32),
         lengths_B=tensor(batch.lengths_B, np.int64),
         targets=stored(batch.targets),
         hidden_BWD=None if batch.hidden_BWD is None else tensor(batch.hidden_BWD),
+        masked=masked.pin_memory() if masked is not None and pin_memory else masked,
     )
 
 

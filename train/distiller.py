@@ -24,6 +24,7 @@ from cache_spec.reader import CacheReader
 from cache_spec.targets import Tail
 from train.distil_batch import DistilBatch, TermCounts, count_terms
 from train.hidden_losses import centred, cosine_sum, mse_sum, pool_windows
+from train.lm_kind import own_logits, refuse_other_kind, student_states
 from train.loss_divergences import FORWARD_KL, Divergence
 from train.loss_targets import NO_LABEL
 from train.losses import head_loss
@@ -41,7 +42,7 @@ class LossWeights:
     kl: float
     """Of the squared temperature times the divergence from the teacher, per real token that has a target."""
     ce: float
-    """Of the cross-entropy at temperature 1, per real token that has a next one."""
+    """Of the cross-entropy at temperature 1, per real token that has a next one, or per selected one of masked text."""
     cosine: float = 0.0
     """Of 1 - cosine between pooled hidden states, per window."""
     mse: float = 0.0
@@ -83,7 +84,7 @@ class Distiller(nn.Module):
     """A student, its projection where the teacher's width differs, and the loss against cached targets.
 
     Args:
-        student: any causal language model that passes :func:`check_student_head`.
+        student: any causal or masked language model that passes :func:`check_student_head`.
         targets: makes targets of the loss from cached ones; its vocabulary is what teacher and student share, and
             further rows of the student's head are padding.
         teacher_width: D of the teacher's hidden states.
@@ -149,8 +150,9 @@ class Distiller(nn.Module):
         chunk_rows: int | None = None,
     ) -> Distiller:
         """A student and its loss against one cache, checked to fit it; BadInputError where they do not."""
-        check_student_head(student)
         manifest = reader.manifest
+        refuse_other_kind(student.config, manifest, _name(student))
+        check_student_head(student)
         check_centring(manifest, centre_hidden)
         return cls(
             student,
@@ -167,18 +169,17 @@ class Distiller(nn.Module):
 
         DDP and FSDP average gradients over ranks: multiply the loss by the number of ranks before ``backward``.
         """
-        input_ids_BT = batch.input_ids_BT.long()
-        hidden_BTD = last_hidden_state(self.student, input_ids_BT)
-        labels_BT, kl_mask_BT = shift_labels(input_ids_BT, batch.lengths_B)
+        read_ids_BT = batch.input_ids_BT if batch.masked is None else batch.masked.read_ids_BT
+        hidden_BTD, head_hidden_BTD = student_states(self.student, read_ids_BT.long(), batch.lengths_B)
+        labels_BT, kl_mask_BT = labels_of(batch)
         labels_N, kl_mask_N = labels_BT.flatten(), kl_mask_BT.flatten()
         if self.targets.tail == "gold":
-            # A tail that goes to the next token means nothing where there is none.
+            # A tail that goes to the text's own token means nothing where there is none.
             kl_mask_N = kl_mask_N & (labels_N != NO_LABEL)
         weight_VD, bias_V = output_head(self.student)
-        head_hidden_BTD = hidden_BTD
         if self._transform.scale != 1.0:
             # A factor on logits is one on what they are made of.
-            head_hidden_BTD = hidden_BTD * self._transform.scale
+            head_hidden_BTD = head_hidden_BTD * self._transform.scale
             bias_V = None if bias_V is None else bias_V * self._transform.scale
         # Called even when both scales are 0: every parameter then gets a gradient, which DDP insists on.
         head = head_loss(
@@ -212,7 +213,8 @@ class Distiller(nn.Module):
 
     def counts(self, batches: Sequence[DistilBatch]) -> TermCounts:
         """The counts of micro-batches, by which their losses add up to the loss of all; ranks add theirs first."""
-        return count_terms(torch.cat([batch.lengths_B for batch in batches]), self.window)
+        first, *others = (count_terms(batch.lengths_B, self.window, batch.masked) for batch in batches)
+        return sum(others, first)
 
     def kl_count(self, counts: TermCounts) -> float:
         """What the divergence is divided by: positions that have a target."""
@@ -276,14 +278,13 @@ def shift_labels(input_ids_BT: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tenso
     return torch.where(position_1T + 1 < lengths_B1, next_BT, NO_LABEL), position_1T < lengths_B1
 
 
-def last_hidden_state(student: PreTrainedModel, input_ids_BT: Tensor) -> Tensor:
-    """The base model's last hidden state [B, T, D], after the final norm: what feeds the output head.
-
-    No attention mask: blocks are padded on the right only, and causal attention never sees what comes later.
-    """
-    output: Any = student.base_model(input_ids=input_ids_BT, use_cache=False)
-    hidden_BTD: Tensor = output.last_hidden_state
-    return hidden_BTD
+def labels_of(batch: DistilBatch) -> tuple[Tensor, Tensor]:
+    """Labels int64 [B, T] and KL mask bool [B, T] of a batch: next tokens, or, of masked text, what was selected."""
+    ids_BT, masked = batch.input_ids_BT.long(), batch.masked
+    if masked is None:
+        return shift_labels(ids_BT, batch.lengths_B)
+    real_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device) < batch.lengths_B.unsqueeze(1)
+    return torch.where(masked.selected_BT & real_BT, ids_BT, NO_LABEL), masked.kept_BT & real_BT
 
 
 def output_head(student: PreTrainedModel) -> tuple[Tensor, Tensor | None]:
@@ -323,6 +324,7 @@ def check_student_head(student: PreTrainedModel, *, linear: bool = False) -> Non
     generator = torch.Generator().manual_seed(0)
     embeddings: Any = student.get_input_embeddings()
     ids_BT = torch.randint(embeddings.weight.shape[0], (1, 8), generator=generator).to(weight_VD.device)
+    lengths_B = torch.full((1,), ids_BT.shape[1], device=weight_VD.device)
     head: Any = student.get_output_embeddings()
     raw: list[Tensor] = []
     replaced: list[Tensor] = []
@@ -333,10 +335,10 @@ def check_student_head(student: PreTrainedModel, *, linear: bool = False) -> Non
         return replaced[-1]
 
     with _evaluating(student):
-        expected_BTV = F.linear(last_hidden_state(student, ids_BT), weight_VD, bias_V)
+        expected_BTV = F.linear(student_states(student, ids_BT, lengths_B).read_BTD, weight_VD, bias_V)
         hook = head.register_forward_hook(replace)
         try:
-            logits_BTV: Tensor = student(input_ids=ids_BT, use_cache=False).logits
+            logits_BTV = own_logits(student, ids_BT)
         finally:
             hook.remove()
     # A head that is not called as a module is compared by its result alone.

@@ -24,9 +24,9 @@ from tqdm import tqdm
 from cache_spec.errors import BadInputError, KdpipeError
 from cache_spec.reader import CacheReader
 from train.distil_batch import from_numpy, to_tensors
-from train.distiller import shift_labels
+from train.distiller import labels_of, shift_labels
 from train.evaluate_config import EvaluateConfig
-from train.loss_targets import BucketTargets, DenseTargets, HeadLossTargets
+from train.loss_targets import NO_LABEL, BucketTargets, DenseTargets, HeadLossTargets
 from train.measures import (
     Calibration,
     LabelMeasures,
@@ -51,16 +51,18 @@ def evaluate_models(config: EvaluateConfig, *, quiet: bool = False) -> list[dict
     ``loss_nats`` (mean over them), ``perplexity`` (None where it is beyond a float), ``bits_per_byte`` (their total
     loss in bits by ``num_bytes``), ``ece`` (expected calibration error of the most probable token against the text's
     own, in 15 bins of equal width) and ``tokens_per_s`` (of the forward passes, output head included);
-    ``cache``: None, or ``cache``, ``temperature``, ``num_tokens``, ``loss_nats``, ``perplexity``, ``ece``,
-    ``tokens_per_s`` as above, ``teacher_loss`` and ``teacher_perplexity`` (the teacher's own on the same tokens), and,
-    over the ``num_positions`` real positions, ``kl_to_teacher`` (nats a position, at the temperature), ``overlap`` (the
-    sum of min(p, q)) and ``agreement`` (how often the most probable token is the teacher's). ``kl_is`` tells what the
+    ``cache``: None, or ``cache``, ``temperature``, ``num_tokens`` (predicted ones; of masked text those to be found
+    out), ``loss_nats``, ``perplexity``, ``ece``, ``tokens_per_s`` as above, ``teacher_loss`` and ``teacher_perplexity``
+    (the teacher's own on the same tokens), and, over the ``num_positions`` real positions (of masked text those that
+    the cache kept), ``kl_to_teacher`` (nats a position, at the temperature), ``overlap`` (the sum of min(p, q)) and
+    ``agreement`` (how often the most probable token is the teacher's). ``kl_is`` tells what the
     cache's encoding allows: ``exact`` over the whole vocabulary; ``lower-bound`` where KL and overlap are between
     distributions over the cached head and one bucket for the rest, which makes overlap an upper bound; None for drawn
     targets, which do not tell, and then all three are None.
 
     Texts, cache, tokenizers and configurations are all checked before the first weight is loaded. Raises
-    BadInputError, among its kinds ``unknown-model``, ``unreadable-weights``, ``not-a-causal-lm``, ``no-tokenizer``,
+    BadInputError, among its kinds ``unknown-model``, ``unreadable-weights``, ``not-a-language-model``,
+    ``not-a-causal-lm``, ``not-a-masked-lm``, ``no-tokenizer``,
     ``block-too-long``, ``student-vocabulary``, ``vocabulary-mismatch`` and those of ``read_text``; and KdpipeError
     ``non-finite-loss`` or ``out-of-memory``.
     """
@@ -113,7 +115,8 @@ def _text_figures(
         lengths_B = torch.full((len(ids_BT),), ids_BT.shape[1], device=scorer.device)
         labels_N = shift_labels(input_ids_BT, lengths_B)[0].flatten()
         started = time.perf_counter()
-        measures = _joined(measure_labels(logits, labels_N[rows]) for rows, logits in scorer.logits(input_ids_BT))
+        chunks = scorer.logits(input_ids_BT, lengths_B)
+        measures = _joined(measure_labels(logits, labels_N[rows]) for rows, logits in chunks)
         sum_nats += float(measures.loss_C.cpu().double().sum())
         seconds += time.perf_counter() - started
         calibration.add(measures)
@@ -145,14 +148,14 @@ def cache_figures(
     for start in range(0, manifest.blocks.num_blocks, batch_blocks):
         blocks = np.arange(start, min(start + batch_blocks, manifest.blocks.num_blocks))
         batch = to_tensors(reader.batch(blocks, temperature, with_hidden=False)).to(scorer.device)
-        input_ids_BT = batch.input_ids_BT.long()
-        labels_BT, mask_BT = shift_labels(input_ids_BT, batch.lengths_B)
+        read_ids_BT = (batch.input_ids_BT if batch.masked is None else batch.masked.read_ids_BT).long()
+        labels_BT, mask_BT = labels_of(batch)
         labels_N, mask_N = labels_BT.flatten(), mask_BT.flatten()
         started = time.perf_counter()
         targets = teacher(batch.targets, labels_N)
         kind = _kl_kind(targets, manifest.teacher.vocab_size)
         of_labels: list[LabelMeasures] = []
-        for rows, logits_CV in scorer.logits(input_ids_BT):
+        for rows, logits_CV in scorer.logits(read_ids_BT, batch.lengths_B):
             of_labels.append(measure_labels(logits_CV, labels_N[rows]))
             measures = _compare(logits_CV, targets, rows, mask_N, temperature)
             if measures is not None:
@@ -161,13 +164,13 @@ def cache_figures(
         sum_nats += float(labels.loss_C.cpu().double().sum())
         seconds += time.perf_counter() - started
         calibration.add(labels)
-        targets_B = reader.lengths(blocks).astype(np.int64) - 1
+        targets_B = (labels_BT != NO_LABEL).sum(dim=1).cpu().numpy()
         loss_B = reader.read("block_loss", blocks).astype(np.float64)
         teacher_nats += float((loss_B * targets_B)[targets_B > 0].sum())
         num_targets += int(targets_B.sum())
-        num_positions += int(targets_B.sum()) + len(blocks)
-        num_run += input_ids_BT.numel()
-        seen(int(targets_B.sum()) + len(blocks))
+        num_positions += int(mask_BT.sum())
+        num_run += read_ids_BT.numel()
+        seen(int(batch.lengths_B.sum()))
     if not num_targets:
         raise BadInputError("too-little-text", reader.path, expected="a block of at least 2 tokens")
     if not np.isfinite([sum_nats, *compared]).all():

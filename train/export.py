@@ -1,4 +1,4 @@
-"""From a trained student to a folder that ``AutoModelForCausalLM.from_pretrained`` opens.
+"""From a trained student to a folder that ``from_pretrained`` of its kind (causal or masked language model) opens.
 
 In: the student (without its projection), the cache's tokenizer and manifest, facts of the run. Out: a published folder
 with config, safetensors weights, generation config, tokenizer and model card, reloaded and compared beforehand.
@@ -18,11 +18,12 @@ from typing import Any
 import torch
 import yaml
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 from cache_spec.durable import make_folder, sync_folder, writing
 from cache_spec.errors import KdpipeError, WouldLoseDataError
 from cache_spec.manifest import Manifest
+from train.lm_kind import model_class
 from train.student import public_name, quiet_transformers
 
 logger = logging.getLogger("kdpipe")
@@ -135,7 +136,7 @@ def _compare(model: PreTrainedModel, folder: Path) -> None:
         raise mismatch("config.json", f"float32 {type(model).__name__}", f"{config.get('dtype')}")
     try:
         with quiet_transformers():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = model_class(model.config).from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False, output_loading_info=True
             )
     except Exception as error:
@@ -188,7 +189,8 @@ def sync_files(folder: Path) -> None:
 
 def model_card(manifest: Manifest, card: Mapping[str, object], architecture: str, num_parameters: int) -> str:
     """``README.md`` of a student: YAML front matter, where it comes from, how it was trained; holds no local path."""
-    tags = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    pipeline = "text-generation" if manifest.masking is None else "fill-mask"
+    tags = {"library_name": "transformers", "pipeline_tag": pipeline}
     front = yaml.safe_dump({**tags, "tags": [_CARD_TAG, "knowledge-distillation"]}, sort_keys=False)
     teacher, encoding, hidden = manifest.teacher, manifest.encoding, manifest.hidden
     revision = f" at {teacher.revision}" if teacher.revision else ""
@@ -200,6 +202,7 @@ def model_card(manifest: Manifest, card: Mapping[str, object], architecture: str
         "cache fingerprint": manifest.fingerprint,
         "encoding": [encoding.name, encoding.model_dump(mode="json", exclude={"name"})],
         "temperatures in the cache": list(manifest.temperatures),
+        **({} if manifest.masking is None else {"masking": manifest.masking.model_dump(mode="json")}),
         "pooled hidden states": f"means of {hidden.window} tokens" if hidden else "none",
         "tokens in the cache": manifest.corpus.num_tokens,
         "tokens in a block": manifest.blocks.block_tokens,

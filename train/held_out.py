@@ -32,6 +32,7 @@ class HeldOut:
         for what, expected, found in (
             ("tokenizer", ours.tokenizer, theirs.tokenizer),
             ("teacher", ours.teacher.weights_sha256, theirs.teacher.weights_sha256),
+            ("kind of text, masked or not", ours.masking is None, theirs.masking is None),
         ):
             if expected != found:
                 hint = "capture held-out text with the teacher of the cache that is trained on"

@@ -104,6 +104,7 @@ def _take_steps(run: Run, held_out: HeldOut | None, *, quiet: bool) -> None:
         rank=run.ranks.rank,
         draws_per_step=config.draws_per_step,
         with_hidden=run.distiller.peak_weights.uses_hidden,
+        masked_only=config.kl_positions == "masked",
         pin_memory=run.device.type == "cuda",
     )
     with contextlib.ExitStack() as stack:

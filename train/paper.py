@@ -20,6 +20,7 @@ from typing import Any
 from cache_spec.errors import BadInputError
 from cache_spec.failures import first_line
 from train.paper_keys import BY_NAME, KEYS, KIND_NAMES, PaperKey, Value
+from train.paper_masked import masked_capture_settings, masked_train_settings, refuse_masked_conflicts
 
 Mapped = dict[str, dict[str, Any]]
 """Key of the file to our settings that follow from it."""
@@ -27,7 +28,8 @@ Mapped = dict[str, dict[str, Any]]
 PICKLE_SUFFIXES = {".pickle", ".pkl"}
 _DEFAULT_BLOCK_TOKENS = 1024
 _POSITIONS = ("n_positions", "max_position_embeddings", "n_ctx")
-_DEPTHS = ("n_layer", "num_hidden_layers", "num_layers")
+_DEPTHS = ("n_layer", "n_layers", "num_hidden_layers", "num_layers")
+_PADDING_OF_ROBERTA = 1
 # What a model's file may carry of other tasks or of older versions of its library, and that shapes nothing.
 _NOT_SHAPE = {
     "_num_labels",
@@ -42,6 +44,7 @@ _NOT_SHAPE = {
     "output_past",
     "pruned_heads",
     "task_specific_params",
+    "tie_weights_",
     "torchscript",
     "use_bfloat16",
 }
@@ -131,6 +134,7 @@ def capture_settings(paper: Paper, flags: Mapping[str, Any]) -> Mapped:
         "temperature": {"temperatures": sorted({1.0, paper["temperature"]})},
         "student_config": {"block_tokens": _block_tokens(paper)},
         "alpha_cos": {"hidden_window": 1 if paper["alpha_cos"] > 0 else 0},
+        **masked_capture_settings(paper),
     }
 
 
@@ -142,6 +146,7 @@ def train_settings(paper: Paper, flags: Mapping[str, Any], *, num_ranks: int = 1
             "conflicting-keys", "n_gpu", expected=f"{num_ranks}, the ranks of this run", found=paper["n_gpu"], hint=hint
         )
     mapped: Mapped = {key.name: {key.setting: paper[key.name]} for key in KEYS if key.setting is not None}
+    mapped |= masked_train_settings(paper)
     passes = paper["gradient_accumulation_steps"]
     student, weights = flags.get("student"), paper["student_pretrained_weights"]
     start = str(student or ("checkpoint" if weights else "config"))
@@ -187,6 +192,8 @@ def capture_command(paper: Paper) -> str:
     words += ["--temperatures", ",".join(f"{t:g}" for t in sorted({1.0, paper["temperature"]}))]
     words += ["--block-tokens", str(_block_tokens(paper)), "--last-block", "each", "--encoding", "prototype"]
     words += ["--hidden-window", "1" if paper["alpha_cos"] > 0 else "0"]
+    for name, value in merged(masked_capture_settings(paper)).items():
+        words += [f"--{name.replace('_', '-')}", _shown(value)]
     command = shlex.join(words)
     return f"{_import_command(paper)} && {command}" if pickled else command
 
@@ -288,8 +295,7 @@ def _refuse_conflicts(paper: Paper) -> None:
     def refuse(name: str, expected: object, found: object) -> None:
         raise paper.refusal("conflicting-keys", name, expected=expected, found=_shown(found))
 
-    if paper["student_type"] != paper["teacher_type"]:
-        refuse("student_type", f"{paper['teacher_type']}, the teacher_type", paper["student_type"])
+    refuse_masked_conflicts(paper)
     model_type = paper.student.get("model_type", paper["student_type"])
     if model_type != paper["student_type"]:
         refuse("student_config", f"model_type {paper['student_type']}, the student_type", model_type)
@@ -299,8 +305,8 @@ def _refuse_conflicts(paper: Paper) -> None:
     shares = [paper[name] for name in ("word_mask", "word_keep", "word_rand")]
     if not math.isclose(sum(shares), 1.0, abs_tol=1e-6):
         refuse("word_mask", "word_mask, word_keep and word_rand that add up to 1", sum(shares))
-    if not any(paper[name] for name in ("alpha_ce", "alpha_clm", "alpha_cos")):
-        refuse("alpha_ce", "a loss with a weight above 0", "alpha_ce, alpha_clm and alpha_cos of 0")
+    if not any(paper[name] for name in ("alpha_ce", "alpha_clm", "alpha_mlm", "alpha_cos")):
+        refuse("alpha_ce", "a loss with a weight above 0", "alpha_ce, alpha_clm, alpha_mlm and alpha_cos of 0")
     if paper["fp16"] and paper["fp16_opt_level"] != "O1":
         refuse("fp16_opt_level", "O1, autocast over fp32 weights, where fp16 is true", paper["fp16_opt_level"])
     positions = {name: paper.student[name] for name in _POSITIONS if name in paper.student}
@@ -312,7 +318,10 @@ def _refuse_conflicts(paper: Paper) -> None:
 
 
 def _block_tokens(paper: Paper) -> int:
-    return next((int(paper.student[name]) for name in _POSITIONS if name in paper.student), _DEFAULT_BLOCK_TOKENS)
+    tokens = next((int(paper.student[name]) for name in _POSITIONS if name in paper.student), _DEFAULT_BLOCK_TOKENS)
+    # In that family the padding takes the first position embeddings.
+    unused = int(paper.student.get("pad_token_id", _PADDING_OF_ROBERTA)) + 1
+    return tokens - unused if paper["student_type"] == "roberta" else tokens
 
 
 def _student(paper: Paper, start: str, flags: Mapping[str, Any]) -> dict[str, Any]:
@@ -325,6 +334,9 @@ def _student(paper: Paper, start: str, flags: Mapping[str, Any]) -> dict[str, An
             shape["max_position_embeddings"] = paper.student["n_ctx"]
         return {"student_config": {"model_type": paper["student_type"], **shape}}
     if start == "teacher-layers":
+        if paper["student_type"] != paper["teacher_type"]:
+            expected = f"{paper['teacher_type']}, as its layers are copied"
+            raise paper.refusal("conflicting-keys", "student_type", expected=expected, found=paper["student_type"])
         # The teacher's shape is the student's but for the depth, which the layers say.
         shape = {name: value for name, value in shape.items() if name not in (*_DEPTHS, "initializer_range")}
         chosen = "num_layers" in flags or "layer_indices" in flags or depth is None

@@ -13,13 +13,14 @@ from cache_spec.errors import BadInputError
 from cache_spec.manifest import MANIFEST_NAME, Manifest
 from cache_spec.receipts import read_manifest
 from train.paper import Mapped, Paper, capture_command
+from train.paper_masked import refuse_other_masking
 
 
 def cache_settings(paper: Paper, flags: Mapping[str, Any]) -> Mapped:
     """The cache, and the blocks of a pass where the file counts tokens.
 
-    Raises ``no-cache`` with the command that makes it, ``other-teacher``, ``undeclared-temperature`` or
-    ``pooled-hidden-states``; a setting that a flag gives is not compared.
+    Raises ``no-cache`` with the command that makes it, ``other-teacher``, ``other-masking``,
+    ``undeclared-temperature`` or ``pooled-hidden-states``; a setting that a flag gives is not compared.
     """
     cache = Path(flags.get("cache") or paper.cache)
     if not (cache / MANIFEST_NAME).is_file():
@@ -27,6 +28,7 @@ def cache_settings(paper: Paper, flags: Mapping[str, Any]) -> Mapped:
         raise BadInputError("no-cache", cache, expected="a finished cache (--cache)", found="none", hint=hint)
     manifest = read_manifest(cache)
     _refuse_other_teacher(paper, manifest, flags)
+    refuse_other_masking(paper, manifest.masking, flags)
     if "temperature" not in flags:
         try:
             manifest.temperature_index(paper["temperature"])

@@ -22,8 +22,7 @@ KIND_NAMES: dict[Kind, str] = {
 }
 
 MASKED_TYPES = ("bert", "distilbert", "roberta")
-_NO_MASKED_LM = "masked language models are not supported yet: teachers and students predict the next token"
-_UNUSED_WITHOUT_MLM = "unused, as mlm is false"
+_OF_MLM = " (unused where mlm is false)"
 _LAUNCHER = "unused: ranks are the launcher's (torchrun, accelerate launch)"
 
 
@@ -57,10 +56,6 @@ def _positive(reason: str) -> Callable[[Value], str | None]:
     return lambda value: reason if isinstance(value, int | float) and value > 0 else None
 
 
-def _masked(value: Value) -> str | None:
-    return _NO_MASKED_LM if value in MASKED_TYPES else None
-
-
 def _pickled_weights(value: Value) -> str | None:
     if isinstance(value, str) and PurePath(value).suffix in {".pth", ".pt", ".bin", ".ckpt"}:
         return (
@@ -91,8 +86,7 @@ KEYS: tuple[PaperKey, ...] = (
         name="student_type",
         kind="text",
         required=True,
-        refuse=_masked,
-        note="model_type of the student's config; that of the teacher",
+        note="model_type of the student's config; that of the teacher, or distilbert of bert",
     ),
     PaperKey(
         name="student_config",
@@ -110,7 +104,6 @@ KEYS: tuple[PaperKey, ...] = (
         name="teacher_type",
         kind="text",
         required=True,
-        refuse=_masked,
         note="model_type of the teacher; the cache must have it",
     ),
     PaperKey(
@@ -132,16 +125,23 @@ KEYS: tuple[PaperKey, ...] = (
         default=0.5,
         low=0.0,
         setting="kl_weight",
-        note="weight of the squared temperature times KL(teacher || student), mean over all real tokens",
+        note="weight of the squared temperature times KL(teacher || student), mean over all real tokens (or"
+        " restrict_ce_to_mask)",
     ),
-    PaperKey(name="alpha_mlm", kind="real", default=0.0, low=0.0, refuse=_positive(_NO_MASKED_LM), note="no such loss"),
+    PaperKey(
+        name="alpha_mlm",
+        kind="real",
+        default=0.0,
+        low=0.0,
+        note="weight of the cross-entropy of the masked tokens, at temperature 1; no such loss where mlm is false",
+    ),
     PaperKey(
         name="alpha_clm",
         kind="real",
         default=0.5,
         low=0.0,
         setting="ce_weight",
-        note="weight of the cross-entropy of the next token, at temperature 1",
+        note="weight of the cross-entropy of the next token, at temperature 1; no such loss where mlm is true",
     ),
     PaperKey(
         name="alpha_mse",
@@ -161,18 +161,57 @@ KEYS: tuple[PaperKey, ...] = (
         setting="cosine_weight",
         note="weight of 1 - cosine of each token's last hidden state: the cache keeps each (hidden_window 1)",
     ),
-    PaperKey(name="mlm", kind="flag", default=False, refuse=_positive(_NO_MASKED_LM), note="next tokens are predicted"),
-    PaperKey(name="mlm_mask_prop", kind="real", default=0.15, low=0.0, high=1.0, note=_UNUSED_WITHOUT_MLM),
-    PaperKey(name="word_mask", kind="real", default=0.8, low=0.0, high=1.0, note=_UNUSED_WITHOUT_MLM),
-    PaperKey(name="word_keep", kind="real", default=0.1, low=0.0, high=1.0, note=_UNUSED_WITHOUT_MLM),
-    PaperKey(name="word_rand", kind="real", default=0.1, low=0.0, high=1.0, note=_UNUSED_WITHOUT_MLM),
-    PaperKey(name="mlm_smoothing", kind="real", default=0.7, low=0.0, note=_UNUSED_WITHOUT_MLM),
-    PaperKey(name="token_counts", kind="text", note=_UNUSED_WITHOUT_MLM),
+    PaperKey(
+        name="mlm",
+        kind="flag",
+        default=False,
+        note="true: masked tokens are found out, and cache-teacher masks, once for all epochs; false: next tokens are"
+        " predicted",
+    ),
+    PaperKey(
+        name="mlm_mask_prop",
+        kind="real",
+        default=0.15,
+        low=0.0,
+        high=1.0,
+        note="share of a sequence's tokens to be found out, special ones left out" + _OF_MLM,
+    ),
+    PaperKey(
+        name="word_mask",
+        kind="real",
+        default=0.8,
+        low=0.0,
+        high=1.0,
+        note="share of these that is read as the mask" + _OF_MLM,
+    ),
+    PaperKey(
+        name="word_keep", kind="real", default=0.1, low=0.0, high=1.0, note="share that is read as it is" + _OF_MLM
+    ),
+    PaperKey(
+        name="word_rand",
+        kind="real",
+        default=0.1,
+        low=0.0,
+        high=1.0,
+        note="share that is read as a random token" + _OF_MLM,
+    ),
+    PaperKey(
+        name="mlm_smoothing",
+        kind="real",
+        default=0.7,
+        low=0.0,
+        note="tokens are masked in proportion to count to the power of minus this" + _OF_MLM,
+    ),
+    PaperKey(
+        name="token_counts",
+        kind="text",
+        note="not read: cache-teacher counts the text that it captures, which is what such a file holds" + _OF_MLM,
+    ),
     PaperKey(
         name="restrict_ce_to_mask",
         kind="flag",
         default=False,
-        note="no difference, as mlm is false: the divergence is of every real token",
+        note="true: the divergence is of masked tokens alone, and the cache keeps no others" + _OF_MLM,
     ),
     # what is frozen
     PaperKey(
@@ -186,7 +225,7 @@ KEYS: tuple[PaperKey, ...] = (
         name="freeze_token_type_embds",
         kind="flag",
         default=False,
-        note="nothing to freeze: no student of a causal teacher has token types",
+        note="token types stay as they start; nothing to freeze where mlm is false",
     ),
     # steps
     PaperKey(name="n_epoch", kind="whole", default=3, low=1, setting="epochs", note="passes over the cache"),
@@ -278,7 +317,13 @@ KEYS: tuple[PaperKey, ...] = (
     ),
     PaperKey(name="local_rank", kind="whole", default=-1, low=-1, note=_LAUNCHER),
     PaperKey(
-        name="seed", kind="whole", default=56, low=0, below=2**63, setting="seed", note="of weights, dropout and order"
+        name="seed",
+        kind="whole",
+        default=56,
+        low=0,
+        below=2**63,
+        setting="seed",
+        note="of weights, dropout and order, and of what is masked",
     ),
     PaperKey(
         name="log_interval", kind="whole", default=500, low=1, note="in passes; log_every counts steps, at least each"

@@ -53,6 +53,7 @@ def _plan(config: TrainConfig, device: torch.device) -> dict[str, Any]:
         seed=config.seed,
         window_shards=config.window_shards,
         draws_per_step=config.draws_per_step,
+        masked_only=config.kl_positions == "masked",
     )
     micro = next(items)
     with torch.random.fork_rng(devices=[]):

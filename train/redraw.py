@@ -11,6 +11,7 @@ Legend: B batch, T time, N draws in the cache, n draws of an epoch, J points.
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,14 +56,12 @@ def redrawn(
     )
     # Most often drawn first; n draws have no more than n points.
     order_BTJ = np.argsort(-chosen_BTJ, axis=2, kind="stable")[:, :, :draws_per_step]
-    return TargetBatch(
-        input_ids_BT=batch.input_ids_BT,
-        lengths_B=batch.lengths_B,
+    return replace(
+        batch,
         targets=PointTargets(
             ids_BTJ=np.take_along_axis(targets.ids_BTJ, order_BTJ, axis=2),
             probs_BTJ=np.take_along_axis(chosen_BTJ, order_BTJ, axis=2).astype(np.float32) / np.float32(draws_per_step),
         ),
-        hidden_BWD=batch.hidden_BWD,
     )
 
 

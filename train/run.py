@@ -44,6 +44,7 @@ logger = logging.getLogger("kdpipe")
 
 Precision = Literal["fp32", "bf16"]
 _POSITION_EMBEDDINGS = ("wpe", "embed_positions", "position_embeddings", "position_embedding")
+_TOKEN_TYPE_EMBEDDINGS = ("token_type_embeddings",)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -186,8 +187,7 @@ def first_student(config: TrainConfig, reader: CacheReader) -> StudentBuild:
     check_student_head(built.model)
     if config.dropout is not None:
         set_dropout(built.model, config.dropout)
-    if config.freeze_position_embeddings:
-        _position_embeddings(built.model)
+    _frozen(built.model, config)
     return built
 
 
@@ -205,9 +205,8 @@ def build_distiller(
         centre_hidden=config.hidden_centre,
         chunk_rows=config.chunk_rows,
     ).to(device)
-    if config.freeze_position_embeddings:
-        for embedding in _position_embeddings(student):
-            embedding.weight.requires_grad_(False)
+    for embedding in _frozen(student, config):
+        embedding.weight.requires_grad_(False)
     set_modes(student, config)
     return distiller.train()
 
@@ -290,6 +289,9 @@ def loss_weights(config: TrainConfig, reader: CacheReader) -> LossWeights:
     reader.manifest.temperature_index(config.temperature)
     check_divergence(config.divergence, pick_tail(config.tail, reader.manifest), reader.manifest)
     check_draws(config.draws_per_step, reader.manifest)
+    if config.kl_positions == "masked" and reader.manifest.masking is None:
+        found, hint = "a teacher that predicts the next token", "leave kl_positions out"
+        raise BadInputError("no-masking", config.cache, expected="a cache of masked text", found=found, hint=hint)
     check_centring(reader.manifest, config.hidden_centre)
     weights = LossWeights(kl=config.kl_weight, ce=config.ce_weight, cosine=config.cosine_weight, mse=config.mse_weight)
     if weights.uses_hidden and reader.manifest.hidden is None:
@@ -318,16 +320,26 @@ def _optimizer(distiller: Distiller, config: TrainConfig) -> torch.optim.AdamW:
     )
 
 
-def _position_embeddings(student: PreTrainedModel) -> list[nn.Embedding]:
+def _frozen(student: PreTrainedModel, config: TrainConfig) -> list[nn.Embedding]:
+    """What stays as it starts; BadInputError where there is no such thing."""
+    frozen: list[nn.Embedding] = []
+    if config.freeze_position_embeddings:
+        hint = "only models with learnt positions, such as gpt2, have them: leave freeze_position_embeddings out"
+        frozen += _embeddings(student, _POSITION_EMBEDDINGS, "no-position-embeddings", hint)
+    if config.freeze_token_type_embeddings:
+        hint = (
+            "models such as bert have them, distilbert and causal ones do not: leave freeze_token_type_embeddings out"
+        )
+        frozen += _embeddings(student, _TOKEN_TYPE_EMBEDDINGS, "no-token-type-embeddings", hint)
+    return frozen
+
+
+def _embeddings(student: PreTrainedModel, names: tuple[str, ...], kind: str, hint: str) -> list[nn.Embedding]:
     found = [
         module
         for name, module in student.named_modules()
-        if name.rpartition(".")[2] in _POSITION_EMBEDDINGS and isinstance(module, nn.Embedding)
+        if name.rpartition(".")[2] in names and isinstance(module, nn.Embedding)
     ]
     if not found:
-        raise BadInputError(
-            "no-position-embeddings",
-            f"student of type {student.config.model_type}",
-            hint="only models with learnt positions, such as gpt2, have them: leave freeze_position_embeddings out",
-        )
+        raise BadInputError(kind, f"student of type {student.config.model_type}", hint=hint)
     return found

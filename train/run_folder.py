@@ -21,13 +21,14 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 from cache_spec.durable import TEMPORARY_PREFIX, make_folder, replace_file, writing
 from cache_spec.errors import BadInputError, WouldLoseDataError
 from cache_spec.failures import first_line
 from train.checkpoint import CheckpointError, refuse_another_run
 from train.export import sync_files
+from train.lm_kind import is_masked_lm, model_class
 from train.student import quiet_transformers
 
 RUN_NAME = "run.json"
@@ -133,8 +134,9 @@ def save_student_config(out: Path, student: PreTrainedModel) -> None:
     with writing(folder):
         (folder / _GENERATION_NAME).unlink(missing_ok=True)  # of a start that failed
         student.config.save_pretrained(folder)
-        if student.generation_config is not None:
-            student.generation_config.save_pretrained(folder)
+        generation = getattr(student, "generation_config", None)
+        if generation is not None:
+            generation.save_pretrained(folder)
         sync_files(folder)
 
 
@@ -148,9 +150,10 @@ def rebuild_student(out: Path) -> PreTrainedModel:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         # A padding row would start at zero and get no gradient, and often it is the token that ends documents.
         pad_token_id = getattr(config, "pad_token_id", None)
-        config.pad_token_id = None
+        if not is_masked_lm(config):
+            config.pad_token_id = None
         with quiet_transformers():
-            built: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=torch.float32)
+            built: Any = model_class(config).from_config(config, trust_remote_code=False, dtype=torch.float32)
         if (folder / _GENERATION_NAME).is_file():
             built.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # whatever an architecture's class raises on settings that it cannot take

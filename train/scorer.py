@@ -19,14 +19,15 @@ import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from cache_spec.errors import BadInputError
 from cache_spec.failures import first_line
 from cache_spec.manifest import Manifest
 from cache_spec.reader import CacheReader
-from train.distiller import CHUNK_BYTES, check_student_head, last_hidden_state, output_head
+from train.distiller import CHUNK_BYTES, check_student_head, output_head
 from train.evaluate_config import EvaluateConfig
+from train.lm_kind import is_masked_lm, model_class, own_logits, refuse_other_kind, student_states
 from train.student import check_same_vocabulary
 from train.student_config import load_config
 from train.teacher_layers import WEIGHT_PATTERNS, refuse_incomplete
@@ -59,22 +60,25 @@ class Scorer:
     vocab_size: int
     device: torch.device
 
-    def logits(self, input_ids_BT: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """Yield float32 logits [C, V] with the rows, of the N, that they belong to; the caller may overwrite them."""
+    def logits(self, input_ids_BT: Tensor, lengths_B: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Yield float32 logits [C, V] with the rows, of the N, that they belong to; the caller may overwrite them.
+
+        ``lengths_B`` counts the real tokens of each block.
+        """
         step = max(1, CHUNK_BYTES // (4 * self.vocab_size))
         num_blocks, block_tokens = input_ids_BT.shape
         if self.head is not None:
-            hidden_ND = last_hidden_state(self.model, input_ids_BT).flatten(0, 1)
+            hidden_ND = student_states(self.model, input_ids_BT, lengths_B).read_BTD.flatten(0, 1)
             for start in range(0, len(hidden_ND), step):
                 rows = slice(start, min(start + step, len(hidden_ND)))
                 yield rows, F.linear(hidden_ND[rows].float(), *self.head)
             return
         for block in range(num_blocks):
-            output: Any = self.model(input_ids=input_ids_BT[block : block + 1], use_cache=False)
+            logits_TV = own_logits(self.model, input_ids_BT[block : block + 1])[0]
             for start in range(0, block_tokens, step):
                 end = min(start + step, block_tokens)
                 rows = slice(block * block_tokens + start, block * block_tokens + end)
-                yield rows, output.logits[0, start:end, : self.vocab_size].float()
+                yield rows, logits_TV[start:end, : self.vocab_size].float()
 
 
 def find_model(name: str, texts: dict[str, str], reader: CacheReader | None, config: EvaluateConfig) -> FoundModel:
@@ -84,11 +88,16 @@ def find_model(name: str, texts: dict[str, str], reader: CacheReader | None, con
         try:
             folder = Path(snapshot_download(name, allow_patterns=[*WEIGHT_PATTERNS, *TOKENIZER_PATTERNS]))
         except Exception as error:  # the hub client raises its own, its network library's and the system's errors
-            hint = "a folder or hub name of a causal language model in safetensors"
+            hint = "a folder or hub name of a language model in safetensors"
             raise BadInputError("unknown-model", name, found=first_line(error), hint=hint) from None
     if not any(folder.glob("*.safetensors")):
         raise BadInputError("unknown-model", name, expected="a folder with *.safetensors files", found="none")
     model_config = load_config(folder, "unknown-model")
+    if reader is not None:
+        refuse_other_kind(model_config, reader.manifest, name)
+    if texts and is_masked_lm(model_config):
+        hint = "measure it on a cache of masked text"
+        raise BadInputError("not-a-causal-lm", name, expected="a model that predicts next tokens of a text", hint=hint)
     if texts:
         _check_positions(name, model_config, config.block_tokens, "of a text", "choose fewer --block-tokens")
     if reader is not None:
@@ -133,7 +142,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 def load_scorer(source: FoundModel, manifest: Manifest | None, device: torch.device, dtype: torch.dtype) -> Scorer:
     """Load a model's weights, check its vocabulary, and find out how to compute its logits."""
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = model_class(source.config).from_pretrained(
             source.folder,
             config=source.config,
             dtype=dtype,
@@ -161,13 +170,16 @@ def load_scorer(source: FoundModel, manifest: Manifest | None, device: torch.dev
             raise BadInputError(
                 "vocabulary-mismatch", f"vocabulary of {source.name}", expected=expected, found=num_rows
             )
-    _check_reads_left_to_right(source.name, model, device)
+    if not is_masked_lm(model.config):
+        _check_reads_left_to_right(source.name, model, device)
     head: tuple[Tensor, Tensor | None] | None = None
     try:
         check_student_head(model, linear=True)
         bias_V = None if bias_V is None else bias_V[: source.vocab_size].float()
         head = weight_VD[: source.vocab_size].float(), bias_V
     except BadInputError:
+        if is_masked_lm(model.config):
+            raise
         logger.info("%s scales or caps its logits: they are taken from the model, one block at a time", source.name)
     return Scorer(name=source.name, model=model, head=head, vocab_size=source.vocab_size, device=device)
 

@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM
 
 from cache_spec.errors import BadInputError
 from cache_spec.failures import first_line
+from train.lm_kind import is_masked_lm
 from train.memory import out_of_memory_at
 from train.student import quiet_transformers
 from train.student_config import load_config
@@ -112,7 +113,10 @@ def _fitting_prompt(folders: Mapping[str, Path], config: SpeedConfig) -> int:
     """Tokens of the prompt that all models are given."""
     prompt_tokens = config.prompt_tokens
     for name, folder in folders.items():
-        positions = getattr(load_config(folder, "unknown-model"), "max_position_embeddings", None)
+        model_config = load_config(folder, "unknown-model")
+        if is_masked_lm(model_config):
+            raise BadInputError("not-a-causal-lm", f"generation by {name}", expected="a model that generates text")
+        positions = getattr(model_config, "max_position_embeddings", None)
         if isinstance(positions, int):
             if positions <= config.new_tokens:
                 place, expected = f"generation by {name}", f"fewer than its {positions} positions"

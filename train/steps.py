@@ -107,7 +107,7 @@ def take_step(run: Run, batches: Iterator[MicroBatch], interrupts: Interrupts, c
         terms=_terms(run.distiller, values[1:5], counts),
         weights=scheduled_weights(config, run.distiller.weights),
         grad_norm=values[-1],
-        tokens=int(counts.kl_tokens),
+        tokens=int(counts.tokens),
         wait_s=wait_s,
     )
 

@@ -1,8 +1,8 @@
-"""From a cache's small files and a student's description to an initialised causal language model.
+"""From a cache's small files and a student's description to an initialised language model.
 
-In: ``CACHE/teacher/config.json``, the manifest, a description. Out: a float32 ``AutoModelForCausalLM`` with the
-teacher's vocabulary, and a summary for the log and the model card. The teacher model is never built: where layers
-are copied, only their tensors are read from its safetensors files.
+In: ``CACHE/teacher/config.json``, the manifest, a description. Out: a float32 model of the teacher's kind (causal or
+masked) with the teacher's vocabulary, and a summary for the log and the model card. The teacher model is never built:
+where layers are copied, only their tensors are read from its safetensors files.
 """
 
 from __future__ import annotations
@@ -16,18 +16,19 @@ from typing import Any, Literal
 
 import torch
 from huggingface_hub import snapshot_download
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from cache_spec.errors import BadInputError
 from cache_spec.failures import first_line
 from cache_spec.manifest import Manifest
+from train.lm_kind import is_masked_lm, model_class, own_logits, refuse_other_kind
 from train.sliced import refuse_unsliceable, slice_tensors
 from train.student_config import (
     config_key,
     layers_config,
     load_config,
-    refuse_not_causal,
+    refuse_no_lm,
     sliced_config,
     student_config,
 )
@@ -78,12 +79,13 @@ def build_student(
 
     Padded rows of a teacher or a checkpoint are cut off: the loss never sees them, so they would stay untrained.
     ``initializer_range`` is the standard deviation of fresh weights; it means nothing where weights are copied.
-    Raises ``BadInputError`` of kind ``bad-student-config``, ``unknown-key``, ``not-a-causal-lm``,
-    ``student-vocabulary``, ``student-positions``, ``cannot-copy-layers``, ``cannot-slice``, ``other-teacher``,
-    ``unknown-teacher``, ``teacher-not-safetensors``, ``unreadable-weights``, ``unreadable-config``, ``no-tokenizer``
-    or ``unknown-checkpoint``.
+    Raises ``BadInputError`` of kind ``bad-student-config``, ``unknown-key``, ``not-a-language-model``,
+    ``not-a-causal-lm``, ``not-a-masked-lm``, ``student-vocabulary``, ``student-positions``, ``cannot-copy-layers``,
+    ``cannot-slice``, ``other-teacher``, ``unknown-teacher``, ``teacher-not-safetensors``, ``unreadable-weights``,
+    ``unreadable-config``, ``no-tokenizer`` or ``unknown-checkpoint``.
     """
     config = load_config(teacher_folder_in_cache, "unreadable-config")
+    refuse_other_kind(config, manifest, teacher_folder_in_cache)
     summary: dict[str, object] = {"init": init, "seed": seed}
     with quiet_transformers(), torch.random.fork_rng(devices=[]):
         # The CPU generator alone: torch.manual_seed would reseed every accelerator too.
@@ -105,6 +107,7 @@ def build_student(
             if initializer_range is not None:
                 overrides = {**overrides, "initializer_range": initializer_range}
             student, derived = student_config(config, manifest.tokenizer.eos_token_id, overrides)
+            refuse_other_kind(student, manifest, "student config")
             summary["derived_sizes"] = derived
             model = _without_padding_row(student, _fresh_model)
         else:
@@ -181,8 +184,9 @@ def _from_checkpoint(
         if not folder.is_dir():
             folder = Path(snapshot_download(checkpoint, allow_patterns=[*WEIGHT_PATTERNS, *TOKENIZER_PATTERNS]))
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        refuse_not_causal(config)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        refuse_no_lm(config)
+        refuse_other_kind(config, manifest, checkpoint)
+        loaded: Any = model_class(config).from_pretrained(
             folder,
             config=config,
             use_safetensors=True,
@@ -195,7 +199,7 @@ def _from_checkpoint(
     except BadInputError:
         raise
     except Exception as error:
-        hint = "a folder or hub name of a causal language model in safetensors"
+        hint = "a folder or hub name of a language model in safetensors"
         raise BadInputError("unknown-checkpoint", checkpoint, found=first_line(error), hint=hint) from None
     model, info = loaded
     refuse_incomplete(info, "unreadable-weights")
@@ -229,13 +233,13 @@ def _cut_vocabulary(model: Any, manifest: Manifest) -> None:
     """Cut padded rows off head and embedding, and forget special tokens among them; ``student-vocabulary``."""
     teacher, head, embedding = manifest.teacher, model.get_output_embeddings(), model.get_input_embeddings()
     if head is None or embedding is None:
-        raise BadInputError("not-a-causal-lm", type(model).__name__, found="no output head")
+        raise BadInputError("not-a-language-model", type(model).__name__, found="no output head")
     for rows in (head.weight.shape[0], embedding.weight.shape[0]):
         if rows not in (teacher.vocab_size, teacher.padded_vocab_size):
             expected = " or ".join(str(n) for n in sorted({teacher.vocab_size, teacher.padded_vocab_size}))
             raise BadInputError("student-vocabulary", "rows of the student's vocabulary", expected=expected, found=rows)
     model.resize_token_embeddings(teacher.vocab_size, mean_resizing=False)
-    for settings in (model.config, model.generation_config):
+    for settings in (model.config, getattr(model, "generation_config", None)):
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             given = getattr(settings, name, None)
             ids = given if isinstance(given, list | tuple) else [given]
@@ -248,6 +252,9 @@ def _check_student(model: Any, manifest: Manifest) -> None:
     """Refuse what cannot learn from the cache."""
     vocab_size = manifest.teacher.vocab_size
     positions, block_tokens = getattr(model.config, "max_position_embeddings", None), manifest.blocks.block_tokens
+    # In RoBERTa's family the padding takes the first position embeddings.
+    padding = getattr(getattr(model.base_model, "embeddings", None), "padding_idx", None)
+    positions = positions - padding - 1 if isinstance(positions, int) and isinstance(padding, int) else positions
     if isinstance(positions, int) and positions < block_tokens:
         place = config_key(model.config, "max_position_embeddings")
         raise BadInputError(
@@ -259,9 +266,11 @@ def _check_student(model: Any, manifest: Manifest) -> None:
     try:
         with torch.no_grad():
             model.eval()
-            logits_BTV, changed_logits_BTV = (model(input_ids=ids).logits for ids in (ids_BT, changed_BT))
+            logits_BTV, changed_logits_BTV = (own_logits(model, ids) for ids in (ids_BT, changed_BT))
     except Exception as error:  # sizes that do not fit together show in some architectures only here
         raise BadInputError("bad-student-config", "forward pass", found=first_line(error)) from None
+    if manifest.masking is not None:
+        return
     change = (logits_BTV - changed_logits_BTV)[:, :-1].abs().max()
     if change > 1e-5 * logits_BTV.abs().max():
         raise BadInputError(
@@ -270,9 +279,8 @@ def _check_student(model: Any, manifest: Manifest) -> None:
 
 
 def _fresh_model(config: PreTrainedConfig) -> PreTrainedModel:
-    auto_model: Any = AutoModelForCausalLM
     try:
-        model = auto_model.from_config(config, trust_remote_code=False, dtype=torch.float32)
+        model = model_class(config).from_config(config, trust_remote_code=False, dtype=torch.float32)
     except Exception as error:
         raise BadInputError("bad-student-config", config.model_type, found=first_line(error)) from None
     assert isinstance(model, PreTrainedModel)
@@ -285,14 +293,20 @@ def _without_padding_row(
     """Build a model whose every embedding learns.
 
     Architectures pass ``pad_token_id`` to their embedding as the row that starts at zero and gets no gradient.
-    Blocks hold no padding among their real tokens, and often that id is the one that ends each document.
+    Blocks hold no padding among their real tokens, and often that id is the one that ends each document. Some masked
+    language models count their positions from it: there the row learns, but starts at zero.
     """
     pad = getattr(config, "pad_token_id", None)
-    config.pad_token_id = None
+    if not is_masked_lm(config):
+        config.pad_token_id = None
     model = build(config)
     model.config.pad_token_id = pad
-    if model.generation_config is not None:
-        model.generation_config.pad_token_id = pad
+    for module in model.modules():
+        if isinstance(module, torch.nn.Embedding):
+            module.padding_idx = None
+    generation = getattr(model, "generation_config", None)  # masked language models have none
+    if generation is not None:
+        generation.pad_token_id = pad
     return model
 
 

@@ -1,6 +1,6 @@
 """From the teacher's config and a description to the config of a student, before any weight exists.
 
-In: the config in the cache, and changes to it. Out: a checked float32 config of a text-only causal language model.
+In: the config in the cache, and changes to it. Out: a checked float32 config of a text-only language model.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from cache_spec.errors import BadInputError
 from cache_spec.failures import first_line
+from train.lm_kind import is_masked_lm
 
 # Facts about a checkpoint that a config file may carry, and that say nothing about the shape of a model.
 _NOT_SHAPE = ("_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype", "quantization_config")
@@ -22,22 +23,24 @@ _FEED_FORWARD_KEYS = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_siz
 
 
 def load_config(folder: Path, kind: str) -> PreTrainedConfig:
-    """The config of a causal language model's folder; raises ``BadInputError`` of ``kind`` if it cannot be read."""
+    """The config of a language model's folder; raises ``BadInputError`` of ``kind`` if it cannot be read."""
     if not (folder / "config.json").is_file():
         raise BadInputError(kind, folder, expected="config.json", found="no such file")
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:
         raise BadInputError(kind, folder / "config.json", found=first_line(error)) from None
-    refuse_not_causal(config)
+    refuse_no_lm(config)
     assert isinstance(config, PreTrainedConfig)
     return config
 
 
-def refuse_not_causal(config: PreTrainedConfig) -> None:
-    """Raise ``not-a-causal-lm`` for an architecture without a text-only causal head."""
-    if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING or config.get_text_config() is not config:
-        raise BadInputError("not-a-causal-lm", config.model_type, expected="a text-only causal language model")
+def refuse_no_lm(config: PreTrainedConfig) -> None:
+    """Raise ``not-a-language-model`` for an architecture without a text-only head, causal or for masked tokens."""
+    is_one = is_masked_lm(config) or type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    if not is_one or config.get_text_config() is not config:
+        expected = "a text-only causal or masked language model"
+        raise BadInputError("not-a-language-model", config.model_type, expected=expected)
 
 
 def layers_config(
@@ -105,7 +108,9 @@ def student_config(
         found = "no such architecture" if isinstance(error, ValueError) else first_line(error)
         raise BadInputError("bad-student-config", f"model_type {model_type}", found=found) from None
     known = _known_overrides(default, {key: value for key, value in overrides.items() if key != "model_type"})
-    base = {"vocab_size": teacher.vocab_size, "eos_token_id": eos_token_id, "pad_token_id": None}
+    # Some masked language models count their positions from the padding.
+    pad = teacher.pad_token_id if is_masked_lm(teacher) else None
+    base = {"vocab_size": teacher.vocab_size, "eos_token_id": eos_token_id, "pad_token_id": pad}
     base["bos_token_id"] = getattr(teacher, "bos_token_id", None)
     return _config_of(type(default), {config_key(default, key): value for key, value in base.items()} | known), {}
 
@@ -171,5 +176,5 @@ def _config_of(config_class: type[PreTrainedConfig], values: dict[str, Any]) -> 
         config = config_class.from_dict({**values, "dtype": "float32"})
     except Exception as error:
         raise BadInputError("bad-student-config", config_class.model_type, found=first_line(error)) from None
-    refuse_not_causal(config)
+    refuse_no_lm(config)
     return config

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import astuple, fields
 from pathlib import Path
 from typing import Any
 
@@ -83,11 +84,11 @@ class KDTrainer(Trainer):
         )
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, DistilBatch]], device: torch.device) -> Tensor:
-        """Tokens with a target, with a label, and windows, of all micro-batches and ranks of a step: int64 [3]."""
+        """The counts of all micro-batches and ranks of a step, in the order of ``TermCounts``: int64 [4]."""
         counts = self.distiller.counts([inputs["batch"] for inputs in batch_samples])
-        mine_3 = torch.tensor([counts.kl_tokens, counts.ce_tokens, counts.hidden_windows], dtype=torch.int64)
-        every_R3: Tensor = self.accelerator.gather(mine_3.to(device).unsqueeze(0))
-        return every_R3.sum(dim=0)
+        mine_4 = torch.tensor(astuple(counts), dtype=torch.int64)
+        every_R4: Tensor = self.accelerator.gather(mine_4.to(device).unsqueeze(0))
+        return every_R4.sum(dim=0)
 
     def compute_loss(
         self,
@@ -97,8 +98,8 @@ class KDTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         if isinstance(num_items_in_batch, Tensor):
-            kl_tokens, ce_tokens, windows = num_items_in_batch.tolist()
-            counts = TermCounts(kl_tokens=kl_tokens, ce_tokens=ce_tokens, hidden_windows=windows)
+            names = (field.name for field in fields(TermCounts))
+            counts = TermCounts(**dict(zip(names, num_items_in_batch.tolist(), strict=True)))
             # DDP averages over ranks what is to be added up.
             num_shares = self.accelerator.num_processes
         else:

@@ -41,7 +41,8 @@ from cache_spec.targets import Array, HiddenTargets
 from pipeline.encoders import make_encoder
 from pipeline.targets import encode_batch
 from train.distil_batch import HeadTensors, PointTensors, StoredTensors, to_tensors
-from train.distiller import last_hidden_state, output_head, shift_labels
+from train.distiller import output_head, shift_labels
+from train.lm_kind import student_states
 from train.loss_targets import BucketTargets, DenseTargets, HeadLossTargets, LinearTargets
 from train.teacher_targets import TeacherTargets, pick_tail
 
@@ -239,7 +240,9 @@ def _gradients(
 
 @torch.no_grad()
 def _hidden(model: Any, input_ids_BT: Tensor) -> Tensor:
-    return torch.cat([last_hidden_state(model, ids_BT) for ids_BT in input_ids_BT.split(_FORWARD_BLOCKS)])
+    lengths_B = torch.full((len(input_ids_BT),), input_ids_BT.shape[1])
+    parts = zip(input_ids_BT.split(_FORWARD_BLOCKS), lengths_B.split(_FORWARD_BLOCKS), strict=True)
+    return torch.cat([student_states(model, ids_BT, lengths).last_BTD for ids_BT, lengths in parts])
 
 
 def _batch(held_out: CacheReader, head: Head, model: Any, student: Head, blocks: Array, temperature: float) -> _Batch:

@@ -17,15 +17,22 @@ _MIX = (0xBF58476D1CE4E5B9 - (1 << 64), 0x94D049BB133111EB - (1 << 64))
 
 
 def uniforms(
-    seed: int, block_R: torch.Tensor, position_R: torch.Tensor, *, num_streams: int, num_draws: int
+    seed: int,
+    block_R: torch.Tensor,
+    position_R: torch.Tensor,
+    *,
+    num_streams: int,
+    num_draws: int,
+    first_stream: int = 0,
 ) -> torch.Tensor:
     """float64 [R, M, N] in [0, 1), multiples of 2^-53: SplitMix64 hashes of seed, block, position, stream and draw.
 
-    M streams, below 2^31; draws of different streams, positions, blocks or seeds are independent of each other.
+    M streams from ``first_stream`` on, below 2^31; draws of different streams, positions, blocks or seeds are
+    independent of each other.
     """
     key_R = _mix(_mix(torch.full_like(block_R, seed) + _GOLDEN) + block_R * _GOLDEN)
     key_R = _mix(key_R + (position_R + 1) * _GOLDEN)
-    stream_M1 = torch.arange(num_streams, device=block_R.device)[:, None] << 32
+    stream_M1 = torch.arange(first_stream, first_stream + num_streams, device=block_R.device)[:, None] << 32
     counter_MN = stream_M1 + torch.arange(num_draws, device=block_R.device) + 1
     bits_RMN = _mix(key_R[:, None, None] + counter_MN * _GOLDEN)
     return _shift(bits_RMN, 11).double() * 2.0**-53

@@ -28,6 +28,7 @@ from cache_spec.encodings.sampled import Sampled
 from cache_spec.encodings.sparsified import Sparsified
 from cache_spec.encodings.topk import EMPTY_TAIL, TopK, encode_gaps, encode_odds
 from cache_spec.manifest import Manifest
+from cache_spec.masking import MaskingInfo
 from cache_spec.targets import Array, Geometry
 
 _MASK = (1 << 64) - 1
@@ -69,6 +70,9 @@ def make_text(manifest: Manifest, seed: int) -> Text:
         lengths_N[-1] -= num_missing
     input_ids_NT = rng.integers(0, teacher.vocab_size, size=shape)
     input_ids_NT[np.arange(blocks.block_tokens) >= lengths_N[:, None]] = manifest.tokenizer.eos_token_id
+    if manifest.masking is not None:
+        input_ids_NT[:, 0] = manifest.masking.cls_token_id
+        input_ids_NT[np.arange(len(lengths_N)), lengths_N.astype(int) - 1] = manifest.masking.sep_token_id
     hidden_NTD = rng.normal(size=(*shape, teacher.hidden_size)).astype(np.float16).astype(np.float64)
     weight_VD = rng.normal(size=(teacher.vocab_size, teacher.hidden_size)) * _LOGIT_SPREAD / teacher.hidden_size**0.5
     weight_VD = weight_VD.astype(np.float16).astype(np.float64)
@@ -111,7 +115,16 @@ def make_rows(manifest: Manifest, text: Text, tables: dict[str, Array]) -> dict[
         "block_loss": _mean(loss_NT, is_real_NT[:, 1:]),
         "block_entropy": _mean(entropy_NT, is_real_NT),
     }
-    rows |= encode(manifest.encoding, geometry, logprobs_NTV, text.hidden_NTD, tables)
+    targets = encode(manifest.encoding, geometry, logprobs_NTV, text.hidden_NTD, tables)
+    if manifest.masking is not None:
+        selected_NT, read_NT = masked(manifest.masking, text.input_ids_NT, text.lengths_N, geometry.vocab_size)
+        kept_NT = selected_NT if manifest.masking.positions == "masked" else is_real_NT
+        own_loss_NT = -np.take_along_axis(logprobs_NTV, text.input_ids_NT[..., None], axis=-1)[..., 0]
+        rows |= {"selected": selected_NT.astype(np.uint8), "replacement_ids": read_NT.astype(geometry.id_dtype)}
+        rows |= {"block_loss": _mean(own_loss_NT, selected_NT), "block_entropy": _mean(entropy_NT, kept_NT)}
+        axes = {part.name: 1 + part.dims.index("token") for part in manifest.encoding.arrays(geometry)}
+        targets = {name: _kept_first(values, axes[name], kept_NT) for name, values in targets.items()}
+    rows |= targets
     if manifest.hidden:
         window, width = manifest.hidden.window, geometry.hidden_size
         real_NWw = is_real_NT.reshape(-1, length // window, window)
@@ -171,6 +184,34 @@ def encode(
     with np.errstate(divide="ignore"):
         gaps_NTKM = encode_gaps(np.log(values), encoding.levels)
     return {"kept_ids": _tokens_last(ids), "kept_gaps": _tokens_last(gaps_NTKM.swapaxes(2, 3))}
+
+
+def masked(info: MaskingInfo, input_ids_NT: Array, lengths_N: Array, vocab_size: int) -> tuple[Array, Array]:
+    """What is selected, bool [N, T], and what is read there, int64 [N, T]: rule W-13."""
+    real = [ids_T[:length] for ids_T, length in zip(input_ids_NT, lengths_N, strict=True)]
+    times_V = np.bincount(np.concatenate(real).astype(np.int64), minlength=vocab_size).astype(np.float64)
+    selected_NT, read_NT = np.zeros(input_ids_NT.shape, bool), np.zeros(input_ids_NT.shape, np.int64)
+    for block, ids in enumerate(real):
+        drawn = [uniforms(info.seed, block, position, stream=1 << 20, num_draws=3) for position in range(len(ids))]
+        ordinary = [position for position, token in enumerate(ids) if token not in info.special_ids]
+        number = min(len(ordinary), max(1, int(np.floor(info.probability * len(ordinary) + 0.5))))
+        ends = {at: -np.log(1 - drawn[at][0]) * times_V[ids[at]] ** info.smoothing for at in ordinary}
+        for at in sorted(ordinary, key=lambda at: (ends[at], at))[:number]:
+            fate, other = drawn[at][1:]
+            token = ids[at] if fate < info.mask_share + info.keep_share else int(other * vocab_size)
+            selected_NT[block, at] = True
+            read_NT[block, at] = info.mask_token_id if fate < info.mask_share else token
+    return selected_NT, read_NT
+
+
+def _kept_first(values: Array, axis: int, kept_NT: Array) -> Array:
+    """The same with kept positions' values in front, in their order, and the last one's up to the end: rule Q-4."""
+    out = values.copy()
+    for rows, kept_T in zip(np.moveaxis(out, axis, 1), kept_NT, strict=True):
+        kept, before = [*kept_T.nonzero()[0]] or [0], rows.copy()
+        for entry in range(len(kept_T)):
+            rows[entry] = before[kept[min(entry, len(kept) - 1)]]
+    return out
 
 
 def sparsify(probs_V: Array, k: int, fraction: float) -> tuple[Array, Array]:

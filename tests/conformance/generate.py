@@ -19,6 +19,7 @@ from cache_spec.encodings.sampled import Sampled
 from cache_spec.encodings.sparsified import Sparsified
 from cache_spec.encodings.topk import TopK
 from cache_spec.manifest import Manifest
+from cache_spec.masking import MaskingInfo
 from tests.synthetic import make_manifest, make_rows, write_cache
 
 VALID = Path(__file__).parent / "valid"
@@ -40,6 +41,17 @@ _SEED = 1
 _STEPS: Any = {"levels": 128, "odds_step_nats": 1 / 64}
 _SMALL = {"num_blocks": 2, "shard_blocks": 2, "window": None}
 _TWO_SHARDS = {"num_blocks": 4, "shard_blocks": 2}
+_MASKING: Any = {
+    "mask_share": 0.5,
+    "keep_share": 0.25,
+    "random_share": 0.25,
+    "smoothing": 0.5,
+    "seed": 5,
+    "mask_token_id": 1,
+    "cls_token_id": 2,
+    "sep_token_id": 3,
+    "special_ids": (0, 1, 2, 3),
+}
 CASES = {
     "plain": Case(
         claim="topk: two full shards, pooled hidden states, two temperatures",
@@ -116,6 +128,27 @@ CASES = {
         encoding=Hidden(dtype="int8", head_dtype="float32", bias=True),
         sizes=_SMALL,
     ),
+    "masked": Case(
+        claim="of a masked language model: targets of selected tokens alone, each document begins a block",
+        encoding=TopK(k=5, **_STEPS),
+        sizes={
+            "num_blocks": 4,
+            "shard_blocks": 3,
+            "masking": MaskingInfo(probability=0.4, positions="masked", **_MASKING),
+        },
+    ),
+    "masked-all": Case(
+        claim="of a masked language model: targets of all real tokens; every selected one is exchanged at random",
+        encoding=Hidden(dtype="int8", head_dtype="float32", bias=True),
+        sizes=_SMALL
+        | {
+            "masking": MaskingInfo(
+                probability=1.0,
+                positions="all",
+                **_MASKING | {"mask_share": 0.0, "keep_share": 0.0, "random_share": 1.0},
+            )
+        },
+    ),
 }
 
 
@@ -125,7 +158,7 @@ def write_case(name: str, path: Path) -> None:
     manifest = make_manifest(encoding=case.encoding, **case.sizes).model_copy(update={"provenance": provenance()})
     if name == "kept-last-block":
         manifest = _partial(manifest, "keep", manifest.blocks.block_tokens - _KEPT_TOKENS)
-    if name == "a-document-a-block":
+    if name in ("a-document-a-block", "masked"):
         manifest = _partial(manifest, "each", _MISSING_TOKENS)
     write_cache(path, manifest, make_rows(manifest, _SEED), seed=_SEED)
     for hidden in path.glob(".*"):

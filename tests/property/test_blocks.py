@@ -60,7 +60,7 @@ def test_packing_covers_each_token_once_and_in_order(
         wanted = wanted[:-num_left]
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr("pipeline.corpus.pieces", partial(pieces, max_chars=max_chars))
-        patch.setattr("pipeline.blocks.BATCH_CHARS", batch_chars)
+        patch.setattr("pipeline.token_stream.BATCH_CHARS", batch_chars)
         stage = partial(
             stage_blocks,
             corpus_of(documents),

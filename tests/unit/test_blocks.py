@@ -110,6 +110,7 @@ def test_the_files_hold_the_stream_and_its_account(tmp_path: Path, tokenizer: Pr
         "tokens_sha256": digest,
         "dtype": "<u2",
         "by_document": False,
+        "framed": False,
     }
 
 
@@ -160,7 +161,7 @@ def test_each_document_begins_a_block(tmp_path: Path, tokenizer: PreTrainedToken
 def test_documents_that_come_in_many_pieces_begin_one_block_each(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.blocks.BATCH_PIECES", 1)
+    monkeypatch.setattr("pipeline.token_stream.BATCH_PIECES", 1)
     texts = [real_text()[:150_000], "short", real_text()[-90_000:]]
     staged = stage(corpus_of(texts), tokenizer, tmp_path, block_tokens=512, last_block="each")
     expected = blocks_of_each(["".join(pieces([text])) for text in texts], tokenizer, 512)
@@ -316,7 +317,7 @@ def test_a_document_in_pieces_counts_once_and_gets_one_eos(
 ) -> None:
     texts = [real_text()[:30_000], "short", real_text()[30_000:50_000]]
     monkeypatch.setattr("pipeline.corpus.pieces", partial(pieces, max_chars=400))
-    monkeypatch.setattr("pipeline.blocks.BATCH_CHARS", 1000)
+    monkeypatch.setattr("pipeline.token_stream.BATCH_CHARS", 1000)
     staged = stage(corpus_of(texts), tokenizer, tmp_path, last_block="keep")
     assert staged.num_documents == 3
     assert staged.read(0, staged.num_blocks).reshape(-1)[: staged.num_tokens].tolist() == stream_of(texts, tokenizer)

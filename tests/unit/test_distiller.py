@@ -402,7 +402,7 @@ def test_block_of_one_token_has_no_label_and_stays_finite() -> None:
     torch.manual_seed(0)
     batch = make_batch(lengths=(1, 1, 1))
     counts = count_terms(batch.lengths_B, WINDOW)
-    assert counts == TermCounts(kl_tokens=3, ce_tokens=0, hidden_windows=3)
+    assert counts == TermCounts(tokens=3, kl_tokens=3, ce_tokens=0, hidden_windows=3)
     got: DistilOutput = make_distiller(make_student())(batch, counts)
     assert torch.isfinite(got.loss)
     assert float(got.ce_sum) == 0

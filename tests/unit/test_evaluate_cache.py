@@ -90,7 +90,7 @@ def naive_figures(model: Any, reader: CacheReader, temperature: float, kind: str
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("name", ENCODINGS)
-@pytest.mark.parametrize(("family", "rows"), [("gpt2", PADDED), ("granite", V)])
+@pytest.mark.parametrize(("family", "rows"), [("gpt2", PADDED), ("granite", V), ("gemma2", V)])
 def test_figures_on_a_cache_equal_naive_ones(
     tmp_path: Path, family: str, rows: int, name: str, temperature: float
 ) -> None:

@@ -197,12 +197,17 @@ def test_a_checkpoint_without_a_language_head_is_refused(tmp_path: Path) -> None
     assert "lm_head" in message
 
 
-@pytest.mark.parametrize("family", ["bert", "t5", "vit", "roberta", "bart"])
-def test_what_is_no_causal_language_model_is_refused_without_loading(folder: Path, family: str) -> None:
-    transformers.AutoConfig.for_model(family).save_pretrained(folder)
+@pytest.mark.parametrize(
+    ("family", "architectures"),
+    [("bert", ["BertForTokenClassification"]), ("t5", None), ("vit", None), ("bart", None), ("clip", None)],
+)
+def test_what_is_no_language_model_is_refused_without_loading(
+    folder: Path, family: str, architectures: list[str] | None
+) -> None:
+    transformers.AutoConfig.for_model(family, architectures=architectures).save_pretrained(folder)
     files = resolve_teacher(str(folder))
-    refused("not-a-causal-lm", describe_teacher, files)
-    refused("not-a-causal-lm", load_teacher, files, device="cpu")
+    refused("not-a-language-model", describe_teacher, files)
+    refused("not-a-language-model", load_teacher, files, device="cpu")
 
 
 def test_a_model_that_reads_to_the_right_is_refused(folder: Path, monkeypatch: Any) -> None:

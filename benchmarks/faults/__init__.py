@@ -1,0 +1,1 @@
+"""What is done to captures and caches, and what is lost by it: see ``__main__``."""

@@ -1,0 +1,121 @@
+"""The power fails in a capture: every state that the disk may be left in is read, and some are captured on.
+
+In: a number of states. Out: counts. A state is wrong if its cache can be read and is not whole, if something lacks that
+had been acknowledged, or if the same command cannot go on from it to the same arrays.
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from benchmarks.faults.kills import digests
+from benchmarks.faults.recorded import POLICIES, Recording, State, recording, state_after
+from cache_spec.commit import commit_shard
+from cache_spec.errors import KdpipeError
+from cache_spec.manifest import MANIFEST_NAME
+from cache_spec.receipts import committed_shards, read_manifest
+from cache_spec.validate import verify_cache
+from pipeline.capture import capture
+from pipeline.config import CaptureConfig
+
+FINISHED = -1
+"""What is acknowledged when a capture returns, beside the shards that are committed."""
+_NOT_DONE_YET = {"unfinished-cache", "unexpected-file"}
+"""What a cache may say of itself that is not finished: shards without receipts, and files of nobody."""
+
+
+def power_campaign(
+    folder: Path, settings: dict[str, Any], num_states: int, num_resumes: int, seed: int
+) -> dict[str, Any]:
+    """Record one capture, and look at ``num_states`` states that it may leave; ``num_resumes`` of them go on."""
+    home = folder / "recorded"
+    home.mkdir()
+    with recording(home) as record, _saying(record):
+        capture(CaptureConfig(**settings, out=home / "cache"), quiet=True)
+        record.says(FINISHED)
+    expected = digests(home / "cache")
+    counts: Counter[str] = Counter()
+    wrong: list[str] = []
+    states = list(_states(record, num_states, random.Random(seed)))
+    resumed = set(random.Random(seed).sample(range(len(states)), min(num_resumes, len(states))))
+    for number, state in enumerate(states):
+        place = folder / "state"
+        place.mkdir()
+        state.write(place)
+        kind, problem = _look(place / "cache", state)
+        counts[kind] += 1
+        if problem is None and number in resumed:
+            problem = _go_on(CaptureConfig(**settings, out=place / "cache"), expected)
+            counts["resumed"] += 1
+        if problem is not None:
+            wrong.append(f"after operation {state.after}, {state.policy} lasting: {problem}")
+        shutil.rmtree(place)
+    return {"operations": len(record.operations), "states": len(states), **counts, "wrong": len(wrong),
+            "first_wrong": wrong[:5]}  # fmt: skip
+
+
+@contextmanager
+def _saying(record: Recording) -> Iterator[None]:
+    """Note each shard as acknowledged when its commit returns."""
+
+    def commit(cache: Path, manifest: Any, shard: int, arrays: Any) -> Any:
+        receipt = commit_shard(cache, manifest, shard, arrays)
+        record.says(shard)
+        return receipt
+
+    with mock.patch("pipeline.shard.commit_shard", commit):
+        yield
+
+
+def _states(record: Recording, num_states: int, rng: random.Random) -> Iterator[State]:
+    """Distinct states of all prefixes, as many of random parts as it takes."""
+    seen: set[int] = set()
+
+    def new(count: int, policy: str) -> Iterator[State]:
+        state = state_after(record, count, policy, rng)
+        key = hash((state.folders, tuple(state.files.items()), state.said))
+        if key not in seen:
+            seen.add(key)
+            yield state
+
+    for policy in POLICIES:
+        for count in range(len(record.operations) + 1):
+            yield from new(count, policy)
+    for _ in range(16 * num_states):
+        if len(seen) >= num_states:
+            return
+        yield from new(rng.randrange(len(record.operations) + 1), "some")
+
+
+def _look(cache: Path, state: State) -> tuple[str, str | None]:
+    """(what it is, what is wrong with it)."""
+    if not (cache / MANIFEST_NAME).exists():
+        return "absent", f"lost: {sorted(state.said)}" if state.said else None
+    try:
+        lost = state.said - {FINISHED} - set(committed_shards(cache, read_manifest(cache)))
+    except KdpipeError as error:
+        return "unreadable", str(error)
+    if lost:
+        return "unfinished", f"shards lost: {sorted(lost)}"
+    problems = verify_cache(cache)
+    if not problems:
+        return "finished", None
+    worse = [str(problem) for problem in problems if problem.kind not in _NOT_DONE_YET]
+    if FINISHED in state.said:
+        return "unfinished", f"it was finished: {problems[0]}"
+    return "unfinished", worse[0] if worse else None
+
+
+def _go_on(config: CaptureConfig, expected: dict[str, str]) -> str | None:
+    try:
+        capture(config, quiet=True)
+    except KdpipeError as error:
+        return f"no resume: {error}"
+    return None if digests(config.out) == expected else "other files after a resume"
