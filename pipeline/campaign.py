@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dask.distributed import Client, Future, KilledWorker
+from dask.utils import key_split
 
 from cache_spec.errors import BadInputError, KdpipeError, WouldLoseDataError
 from cache_spec.failures import first_line
@@ -269,6 +270,8 @@ class Campaign:
     def _poll(self) -> None:
         """Ask the scheduler for its workers; raises ``scheduler-lost`` or ``no-workers`` after the stated time."""
         self._polled = time.monotonic()
+        # Dask remembers the group of each of the last 100,000 keys, 0.7 kB a shard, and asks again for none of ours.
+        key_split.cache_clear()
         if self._client.status == "closed":
             raise self._scheduler_lost("it did not come back")
         try:
