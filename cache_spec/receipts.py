@@ -43,6 +43,11 @@ class Receipt(Record):
     files: dict[str, FileReceipt]
     """One entry per array."""
 
+    @property
+    def num_bytes(self) -> int:
+        """Of the shard's files."""
+        return sum(file.num_bytes for file in self.files.values())
+
 
 class Seal(Record):
     """Written once, when every shard has its receipt."""

@@ -24,6 +24,7 @@ from pipeline.blocks import StagedBlocks, stage_blocks
 from pipeline.config import CaptureConfig
 from pipeline.folder import STAGING_NAME
 from pipeline.masking import kept_first
+from pipeline.progress import Progress
 from pipeline.shard import capture_shard, encoder_of, masker_of, read_blocks
 from pipeline.source import Source, as_settled, refuse_differences, resolve_source, staged_manifest
 from pipeline.tables import make_tables, settled
@@ -33,9 +34,10 @@ from pipeline.teacher_files import load_tokenizer, teacher_description
 logger = logging.getLogger("kdpipe")
 
 
-def capture(config: CaptureConfig, *, quiet: bool = False) -> dict[str, Any]:
+def capture(config: CaptureConfig, *, quiet: bool = False, events: bool = False) -> dict[str, Any]:
     """Make, or finish, the cache that ``config`` describes; returns its summary.
 
+    ``quiet`` shows no bars; ``events`` tells of shards in JSON lines on standard error in their place.
     Raises WouldLoseDataError if the folder holds another cache, other settings, or a capture that is running.
     """
     source, out = resolve_source(config), config.out
@@ -47,7 +49,7 @@ def capture(config: CaptureConfig, *, quiet: bool = False) -> dict[str, Any]:
                 logger.info("%s is finished already: %d blocks", out, existing.blocks.num_blocks)
                 folder.drop_staging(out)
                 return folder.summary(out, existing, captured=0)
-        run = _Run(source, stage(source, quiet=quiet), quiet)
+        run = _Run(source, stage(source, quiet=quiet), quiet, events)
         if existing is None:
             manifest = folder.create(out, *run.start())
         else:
@@ -62,8 +64,8 @@ def capture(config: CaptureConfig, *, quiet: bool = False) -> dict[str, Any]:
 class _Run:
     """A capture under way: its staged blocks, and its teacher, which is loaded when it is first needed."""
 
-    def __init__(self, source: Source, staged: StagedBlocks, quiet: bool) -> None:
-        self.source, self.staged, self.quiet = source, staged, quiet
+    def __init__(self, source: Source, staged: StagedBlocks, quiet: bool, events: bool) -> None:
+        self.source, self.staged, self.quiet, self.events = source, staged, quiet, events
 
     @cached_property
     def teacher(self) -> Teacher:
@@ -107,24 +109,22 @@ class _Run:
             return make_tables(manifest, self.teacher.head, hidden_of, self.source.prototypes)
 
     def shards(self, manifest: Manifest, todo: list[int]) -> None:
-        """Capture the shards of ``todo``, here or on workers, behind one progress bar in tokens."""
-        config, blocks = self.source.config, manifest.blocks
-        total = blocks.num_blocks * blocks.block_tokens
-        left = sum(blocks.shard_range(shard)[1] for shard in todo) * blocks.block_tokens
-        with tqdm(
-            total=total, initial=total - left, unit="tok", unit_scale=True, desc="teacher", disable=self.quiet or None
-        ) as bar:
+        """Capture the shards of ``todo``, here or on workers."""
+        config = self.source.config
+        with Progress(manifest.blocks, todo, quiet=self.quiet, events=self.events) as progress:
             if not todo:
                 return
-            if config.workers:
-                from pipeline.workers import capture_on_workers
+            if config.distributed:
+                from pipeline.campaign import capture_on_workers
 
-                capture_on_workers(self.source.files, config, manifest, self.staged, todo, bar.update)
+                capture_on_workers(self.source.files, config, manifest, self.staged, todo, progress)
                 return
             tables = folder.read_tables(config.out, manifest)
             encoder = encoder_of(manifest, tables, self.teacher.device)
             for shard in todo:
-                capture_shard(config.out, manifest, self.staged, self.teacher, encoder, shard, bar.update)
+                progress.running(1)
+                receipt = capture_shard(config.out, manifest, self.staged, self.teacher, encoder, shard, progress.read)
+                progress.committed(shard, receipt.num_bytes)
 
 
 def description(source: Source) -> dict[str, bytes]:

@@ -51,7 +51,7 @@ def cache_teacher(config: CaptureConfig, dry_run: bool, as_json: bool, paper: Pa
         return
     from pipeline.capture import capture
 
-    result = capture(config, quiet=as_json)
+    result = capture(config, quiet=as_json, events=as_json)
     emit(as_json, result | mapping, [_made(result)])
 
 

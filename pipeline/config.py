@@ -12,9 +12,10 @@ from typing import Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from pipeline.encoding_config import EncodingConfig, EncodingName
+from pipeline.workers_config import WorkersConfig
 
 
-class CaptureConfig(EncodingConfig):
+class CaptureConfig(EncodingConfig, WorkersConfig):
     """What to run the teacher on, and what to keep of it."""
 
     teacher: str
@@ -66,8 +67,6 @@ class CaptureConfig(EncodingConfig):
     """Device of the teacher: auto, cpu, cuda, cuda:N or mps."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type the teacher computes in; auto is bfloat16 on CUDA, float32 elsewhere."""
-    workers: int = Field(default=0, ge=0)
-    """Worker processes on this machine; 0 runs in this process."""
 
     @field_validator("text", mode="before")
     @classmethod

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -65,8 +65,7 @@ def exclusive(out: Path) -> Iterator[Manifest | None]:
             raise WouldLoseDataError("cache-in-use", out, hint=hint) from None
     try:
         manifest = read_manifest(out) if (out / MANIFEST_NAME).exists() else None
-        own = _named(out) if manifest is None else _names(manifest)
-        remove_leftovers([out, *(out / name for name in own if (out / name).is_dir())])
+        _remove_leftovers(out, _named(out) if manifest is None else _names(manifest))
         yield manifest
     finally:
         lock.release()
@@ -143,7 +142,8 @@ def reopen(out: Path, manifest: Manifest) -> list[int]:
 
 
 def seal(out: Path, manifest: Manifest) -> None:
-    """Seal a cache whose shards are all committed, and drop what was staged for it."""
+    """Seal a cache whose shards are all committed, and drop what was staged for it and what killed workers left."""
+    _remove_leftovers(out, _names(manifest))
     write_seal(out, manifest)
     drop_staging(out)
 
@@ -176,6 +176,10 @@ def summary(cache: Path, manifest: Manifest, *, captured: int) -> dict[str, Any]
         "bytes": bytes_on_disk,
         "bytes_per_token": round(bytes_on_disk / manifest.corpus.num_tokens, 2),
     }
+
+
+def _remove_leftovers(out: Path, names: Iterable[str]) -> None:
+    remove_leftovers([out, *(out / name for name in names if (out / name).is_dir())])
 
 
 def _names(manifest: Manifest) -> set[str]:

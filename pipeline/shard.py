@@ -8,7 +8,7 @@ Legend of axes: B blocks, T tokens, W windows, D teacher width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +18,13 @@ from cache_spec.commit import commit_shard
 from cache_spec.encodings.hidden import encode_int8
 from cache_spec.manifest import HiddenInfo, Manifest
 from cache_spec.masking import REPLACEMENTS, SELECTED, MaskedText
-from cache_spec.receipts import read_receipt
+from cache_spec.receipts import Receipt, read_receipt
 from cache_spec.targets import Array
 from pipeline.blocks import StagedBlocks
 from pipeline.encoders import make_encoder
 from pipeline.encoders.spectrum import Encoder
 from pipeline.masking import Masker, Masks
+from pipeline.overlap import overlapped
 from pipeline.targets import encode_batch
 from pipeline.teacher import OutputHead, States, Teacher
 
@@ -41,18 +42,38 @@ def capture_shard(
     encoder: Encoder,
     shard: int,
     on_tokens: Callable[[int], object] = lambda tokens: None,
-) -> None:
-    """Run the teacher over one shard's blocks and commit it; does nothing if the shard is committed."""
-    if read_receipt(cache, manifest, shard) is not None:
-        return
-    parts = []
+) -> Receipt:
+    """Run the teacher over one shard's blocks and commit it, if it is not committed; returns its receipt."""
+    earlier = read_receipt(cache, manifest, shard)
+    if earlier is not None:
+        return earlier
+    made = _read_by_teacher(manifest, staged, teacher, shard, on_tokens)
+
+    def encoded(batch: _Batch) -> dict[str, Array]:
+        return encode_hidden(manifest, teacher.head, encoder, *batch)
+
+    parts = overlapped(made, encoded) if overlaps(teacher.device) else [encoded(batch) for batch in made]
+    return commit_shard(cache, manifest, shard, joined(parts))
+
+
+def overlaps(device: torch.device) -> bool:
+    """Whether the teacher's next batch runs while the last one is encoded: on a CPU both want the same cores."""
+    return device.type == "cuda"
+
+
+_Batch = tuple[States, Array, Array, int, Masks | None]
+"""What the teacher made of a batch in the static shape; its ids, lengths, number of its first block and masks."""
+
+
+def _read_by_teacher(
+    manifest: Manifest, staged: StagedBlocks, teacher: Teacher, shard: int, on_tokens: Callable[[int], object]
+) -> Iterator[_Batch]:
     masker = masker_of(manifest, staged)
     for start, count in batches(manifest, shard):
         ids_BT, lengths_B = staged.read(start, count), staged.lengths(start, count)
         masks = None if masker is None else masker.masks(ids_BT, lengths_B, np.arange(start, start + count))
-        parts.append(encode_blocks(manifest, teacher, encoder, ids_BT, lengths_B, start, masks))
+        yield read_blocks(manifest, teacher, ids_BT, lengths_B, masks), ids_BT, lengths_B, start, masks
         on_tokens(count * manifest.blocks.block_tokens)
-    commit_shard(cache, manifest, shard, joined(parts))
 
 
 def masker_of(manifest: Manifest, staged: StagedBlocks) -> Masker | None:

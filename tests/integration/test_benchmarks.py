@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import faults_training, memory, quantisation, teacher
+from benchmarks import campaign, faults_training, memory, quantisation, teacher
 from benchmarks.faults import __main__ as faults
 from benchmarks.training import __main__ as training
 from cache_spec.encodings.topk import TopK
@@ -40,6 +40,15 @@ def test_the_fault_campaign_counts_what_is_lost(
     assert report["disk"]["refused"] > 0
     assert (report["race"]["races"], report["race"]["wrong"]) == (2, 0)
     assert (report["fuzz"]["inputs"], report["fuzz"]["untyped"]) == (200, 0)
+
+
+@pytest.mark.slow
+def test_the_campaign_benchmark_measures_each_tenth(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = run(campaign, capsys, monkeypatch, "--shards", 20)
+    assert [mark["shards"] for mark in report["marks"]] == list(range(2, 21, 2))
+    assert report["memory_ratio"] > 0.5
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ from cache_spec.reader import CacheReader
 from cache_spec.receipts import committed_shards
 from cache_spec.targets import HeadTargets
 from cache_spec.validate import verify_cache
+from pipeline import shard
 from pipeline.capture import capture
 from pipeline.config import CaptureConfig
 from pipeline.folder import LOCK_NAME, STAGING_NAME
@@ -114,6 +115,20 @@ def test_a_stopped_capture_resumes_to_the_same_bytes(config: CaptureConfig, monk
     assert committed_shards(again.out, inspect_manifest(again)) == [0, 1]
     assert capture(again)["shards_captured_now"] == inspect_manifest(again).blocks.num_shards - 2
     assert contents(again.out) == contents(config.out)
+
+
+def test_encoding_beside_the_teacher_gives_the_same_bytes_and_its_failure_fails_the_shard(
+    config: CaptureConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    capture(config)
+    again = changed(config, out=config.out.with_name("again"))
+    monkeypatch.setattr(shard, "overlaps", lambda device: True)
+    capture(again)
+    assert contents(again.out) == contents(config.out)
+    poison(Path(config.teacher))
+    with pytest.raises(BadInputError, match="non-finite-logits: block 0"):
+        capture(changed(config, out=config.out.with_name("poisoned")))
+    assert committed_shards(config.out.with_name("poisoned"), inspect_manifest(config)) == []
 
 
 def inspect_manifest(config: CaptureConfig) -> Any:

@@ -21,7 +21,7 @@ from cache_spec.reader import CacheReader
 from cache_spec.receipts import committed_shards, read_manifest
 from cache_spec.targets import Array, Tail, dense
 from cache_spec.validate import verify_cache
-from pipeline import calibrate, cli, workers
+from pipeline import calibrate, cli, cluster
 from pipeline.capture import capture
 from pipeline.config import CaptureConfig
 from pipeline.estimate import estimate
@@ -142,13 +142,13 @@ def test_a_dry_run_tells_the_size_of_every_encoding(captured: Path, encoding: st
 def test_workers_write_the_same_bytes_as_one_process(
     captured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with workers._cluster(2) as cluster:
+    with cluster.local_cluster(2) as workers:
 
         @contextlib.contextmanager
-        def the_same(_num_workers: int) -> Iterator[Any]:
-            yield cluster
+        def the_same(_num_workers: int, **_: Any) -> Iterator[Any]:
+            yield workers
 
-        monkeypatch.setattr(workers, "_cluster", the_same)
+        monkeypatch.setattr(cluster, "local_cluster", the_same)
         for encoding in ENCODINGS:
             capture(settings(captured, encoding, tmp_path / encoding, workers=2), quiet=True)
             assert contents(tmp_path / encoding) == contents(captured / encoding), encoding

@@ -166,11 +166,11 @@ def test_a_run_that_was_cut_short_ends_with_the_same_arrays(tmp_path: Path, monk
     capture(config)
     done: list[int] = []
 
-    def interrupt(*args: Any, **kwargs: Any) -> None:
+    def interrupt(*args: Any, **kwargs: Any) -> Any:
         if done:
             raise KeyboardInterrupt
         done.append(1)
-        original(*args, **kwargs)
+        return original(*args, **kwargs)
 
     original = shard.capture_shard
     monkeypatch.setattr("pipeline.capture.capture_shard", interrupt)
