@@ -181,10 +181,11 @@ def test_a_worker_without_this_package_is_refused(tmp_path: Path) -> None:
 def test_a_shard_that_kills_its_workers_is_named_and_all_others_are_made(tmp_path: Path) -> None:
     folder = tmp_path / "begun"
     told = rf"shards-failed.*1 given up: {POISONED} \(worker-killed.*found 3 workers"
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with local_cluster(2) as workers, Client(workers, set_as_default=False) as client:
         # Ctrl-C is left to this process.
         assert client.submit(signal.getsignal, signal.SIGINT).result() == signal.SIG_IGN
-        assert signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
+        assert signal.signal(signal.SIGINT, before) is signal.default_int_handler
         with pytest.raises(KdpipeError, match=told):
             campaign(client, folder, deadly_task)
     assert times_begun(folder, POISONED) == 3

@@ -13,6 +13,7 @@ import torch
 from cache_spec.layout import target_arrays
 from pipeline.encoders import make_encoder
 from pipeline.encoders.draws import uniforms
+from pipeline.masking import Masks
 from pipeline.targets import encode_batch
 from pipeline.teacher import OutputHead
 from tests.conformance import examples
@@ -27,6 +28,10 @@ def test_an_encoder_makes_what_the_specification_says(case: object) -> None:
     text = examples.make_text(manifest, seed=1)
     tables = examples.make_tables(manifest, text, seed=1)
     expected = examples.make_rows(manifest, text, tables)
+    masked = None
+    if manifest.masking is not None:
+        masks = Masks(expected["selected"], expected["replacement_ids"])
+        masked = masks.text(manifest.masking, text.input_ids_NT, text.lengths_N)
     stored = encode_batch(
         OutputHead(weight_VD=torch.from_numpy(text.weight_VD).float(), bias_V=torch.from_numpy(text.bias_V).float()),
         torch.from_numpy(text.hidden_NTD).float(),
@@ -34,6 +39,7 @@ def test_an_encoder_makes_what_the_specification_says(case: object) -> None:
         text.lengths_N,
         encoder=make_encoder(manifest.encoding, manifest.geometry, tables=tables),
         first_block=0,
+        masked=masked,
     )
     for name in target_arrays(manifest):
         assert stored[name].dtype == expected[name].dtype, name
