@@ -6,6 +6,7 @@ had been acknowledged, or if the same command cannot go on from it to the same a
 
 from __future__ import annotations
 
+import itertools
 import random
 import shutil
 from collections import Counter
@@ -75,23 +76,21 @@ def _saying(record: Recording) -> Iterator[None]:
 
 
 def _states(record: Recording, num_states: int, rng: random.Random) -> Iterator[State]:
-    """Distinct states of all prefixes, as many of random parts as it takes."""
+    """Distinct states: after each operation by each policy, or of some of these; of random parts, if it takes more."""
+    total = len(record.operations)
+    moments = [(count, policy) for policy in POLICIES for count in range(total + 1)]
+    if num_states < len(moments):
+        moments = [(total, POLICIES[0]), *rng.sample(moments, num_states)]
+    more = ((rng.randrange(total + 1), "some") for _ in range(16 * num_states))
     seen: set[int] = set()
-
-    def new(count: int, policy: str) -> Iterator[State]:
+    for count, policy in itertools.chain(moments, more):
+        if len(seen) >= num_states:
+            return
         state = state_after(record, count, policy, rng)
         key = hash((state.folders, tuple(state.files.items()), state.said))
         if key not in seen:
             seen.add(key)
             yield state
-
-    for policy in POLICIES:
-        for count in range(len(record.operations) + 1):
-            yield from new(count, policy)
-    for _ in range(16 * num_states):
-        if len(seen) >= num_states:
-            return
-        yield from new(rng.randrange(len(record.operations) + 1), "some")
 
 
 def _look(cache: Path, state: State) -> tuple[str, str | None]:

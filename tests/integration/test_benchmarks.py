@@ -31,7 +31,7 @@ def run(module: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
 def test_the_fault_campaign_counts_what_is_lost(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sizes = "--kills 1 --changes 6 --power-states 1 --power-resumes 1 --disk-errors 4 --races 2 --fuzzed 200"
+    sizes = "--kills 1 --changes 6 --power-states 10 --power-resumes 1 --disk-errors 2 --races 2 --fuzzed 200"
     report = run(faults, capsys, monkeypatch, *sizes.split(), "--tokens", 1024)
     assert (report["kill"]["kills"], report["kill"]["different_after_resume"]) == (1, 0)
     assert report["change"] == {"changes": 6, "detected": 6, "missed": []}
