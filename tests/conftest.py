@@ -6,7 +6,12 @@ import os
 import socket
 from typing import Any
 
+import hypothesis
 import pytest
+
+# How long an example takes says more of the machine than of the code.
+hypothesis.settings.register_profile("kdpipe", deadline=None)
+hypothesis.settings.load_profile("kdpipe")
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
