@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.faults.kills import digests
+from benchmarks.faults.recorded import calls_replaced
 from cache_spec.errors import KdpipeError
 from pipeline.capture import capture
 from pipeline.config import CaptureConfig
@@ -81,15 +82,8 @@ def failing(root: Path, fails_at: int = _NEVER, code: int = errno.EIO) -> Iterat
         made.disk = disk
         return io.BufferedWriter(made)
 
-    try:
-        for name, call in real.items():
-            setattr(os, name, counted(call))
-        builtins.open = io.open = open_file
+    with calls_replaced({name: counted(call) for name, call in real.items()}, open_file):
         yield disk
-    finally:
-        for name, call in real.items():
-            setattr(os, name, call)
-        builtins.open = io.open = real_open
 
 
 def disk_campaign(folder: Path, settings: dict[str, Any], num_calls: int, rng: random.Random) -> dict[str, Any]:

@@ -125,6 +125,23 @@ class Recording:
 
 
 @contextmanager
+def calls_replaced(calls: dict[str, Callable[..., Any]], open_file: Callable[..., Any]) -> Iterator[None]:
+    """Put others in the place of functions of ``os``, by name, and of ``open``."""
+    real, real_open = {name: getattr(os, name) for name in calls}, builtins.open
+
+    def put(functions: dict[str, Any], opens: Any) -> None:
+        for name, function in functions.items():
+            setattr(os, name, function)
+        builtins.open = io.open = opens
+
+    put(calls, open_file)
+    try:
+        yield
+    finally:
+        put(real, real_open)
+
+
+@contextmanager
 def recording(root: Path) -> Iterator[Recording]:
     """Record what this process does to files below ``root``, an empty folder that is on disk."""
     record = Recording(root)
@@ -195,7 +212,7 @@ def recording(root: Path) -> Iterator[Recording]:
 
         return take
 
-    fakes = {
+    fakes: dict[str, Callable[..., Any]] = {
         "open": os_open,
         "fsync": fsync,
         "link": link,
@@ -206,15 +223,8 @@ def recording(root: Path) -> Iterator[Recording]:
         "mkdir": making,
         "rmdir": taking(real["rmdir"]),
     }
-    try:
-        for name, fake in fakes.items():
-            setattr(os, name, fake)
-        builtins.open = io.open = open_file
+    with calls_replaced(fakes, open_file):
         yield record
-    finally:
-        for name, call in real.items():
-            setattr(os, name, call)
-        builtins.open = io.open = real_open
     record.finish()
 
 
