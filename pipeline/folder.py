@@ -135,10 +135,15 @@ def missing_shards(out: Path, manifest: Manifest) -> list[int]:
 def reopen(out: Path, manifest: Manifest) -> list[int]:
     """Shards still to be made, after taking away the seal and the receipts that stand for nothing."""
     todo = missing_shards(out, manifest)
-    with writing(out):
-        for stale in [out / SEAL_NAME, *(receipt_path(out, shard) for shard in todo)]:
-            stale.unlink(missing_ok=True)
+    take_out(out, todo)
     return todo
+
+
+def take_out(out: Path, shards: Iterable[int]) -> None:
+    """Take away the seal and the receipts of shards: they do not exist any more."""
+    with writing(out):
+        for stale in [out / SEAL_NAME, *(receipt_path(out, shard) for shard in shards)]:
+            stale.unlink(missing_ok=True)
 
 
 def seal(out: Path, manifest: Manifest) -> None:

@@ -18,7 +18,7 @@ from cache_spec.durable import sync_folder, writing
 from cache_spec.errors import CacheError
 from cache_spec.manifest import Manifest
 from cache_spec.masking import REPLACEMENTS, SELECTED
-from cache_spec.receipts import RECEIPTS_FOLDER, SEAL_NAME, read_manifest, receipt_path, small_file_errors
+from cache_spec.receipts import RECEIPTS_FOLDER, SEAL_NAME, read_manifest, small_file_errors
 from cache_spec.targets import Array
 from cache_spec.validate import Problem, check_shard, verify_cache
 from pipeline import folder
@@ -60,7 +60,10 @@ def repair_cache(
             )
             folder.drop_staging(cache)
         if again or lost:
-            _take_out(cache, [*again, *lost])
+            folder.take_out(cache, [*again, *lost])
+            with writing(cache):
+                sync_folder(cache / RECEIPTS_FOLDER)
+                sync_folder(cache)
         if again and files is not None:
             _recompute(cache, manifest, files, again, quiet)
         if not folder.missing_shards(cache, manifest) and not (cache / SEAL_NAME).exists():
@@ -99,15 +102,6 @@ def _bad_shards(cache: Path, manifest: Manifest, quiet: bool) -> tuple[dict[int,
         else:
             again[shard] = {name: found.arrays[name] for name in needed}
     return again, lost
-
-
-def _take_out(cache: Path, shards: list[int]) -> None:
-    """Take away the seal and the receipts of shards: they do not exist any more."""
-    with writing(cache):
-        for stale in [cache / SEAL_NAME, *(receipt_path(cache, shard) for shard in shards)]:
-            stale.unlink(missing_ok=True)
-        sync_folder(cache / RECEIPTS_FOLDER)
-        sync_folder(cache)
 
 
 def _recompute(
