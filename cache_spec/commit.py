@@ -1,6 +1,6 @@
 """Commit one shard: every array's file, then the receipt, so that a kill at any moment loses nothing acknowledged.
 
-In: the decoded rows of one shard. Out: published files and their receipt. The first commit wins: a slow twin finds
+In: the decoded rows of one shard. Out: its files packed, then published, and their receipt. The first commit wins: a slow twin finds
 the receipt and throws its own work away.
 """
 
@@ -9,13 +9,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from filelock import FileLock
 
 from cache_spec.durable import make_folder, publish_new, replace_file, sync_folder, write_temporary, writing
 from cache_spec.layout import array_specs, zarr_metadata
-from cache_spec.manifest import MANIFEST_NAME, Manifest, seal_json, sha256_hex
+from cache_spec.manifest import MANIFEST_NAME, Manifest, sha256_hex
 from cache_spec.receipts import RECEIPTS_FOLDER, FileReceipt, Receipt, read_receipt, receipt_path
 from cache_spec.shardfile import encode_shard
 from cache_spec.tables import table_digests, write_tables
@@ -49,8 +50,16 @@ def create_cache(cache: Path, manifest: Manifest, tables: Mapping[str, Array] | 
     return manifest
 
 
-def commit_shard(cache: Path, manifest: Manifest, shard: int, arrays: Mapping[str, Array]) -> Receipt:
-    """Encode, write, check and publish one shard; returns its receipt, an earlier one's if it was there first.
+class PackedShard(NamedTuple):
+    """One shard as it will be stored."""
+
+    receipt: Receipt
+    files: dict[str, bytes]
+    """Content of each array's file."""
+
+
+def pack_shard(manifest: Manifest, shard: int, arrays: Mapping[str, Array]) -> PackedShard:
+    """Encode one shard.
 
     ``arrays`` holds, for every array of the cache, the rows of this shard: shape [num_blocks, *row_shape].
     """
@@ -58,24 +67,33 @@ def commit_shard(cache: Path, manifest: Manifest, shard: int, arrays: Mapping[st
     first_block, num_blocks = manifest.blocks.shard_range(shard)
     assert set(arrays) == set(specs), (sorted(arrays), sorted(specs))
     assert all(len(rows) == num_blocks for rows in arrays.values())
-    files: dict[str, FileReceipt] = {}
+    files = {name: encode_shard(spec, arrays[name]) for name, spec in specs.items()}
+    receipt = Receipt(
+        fingerprint=manifest.fingerprint,
+        shard=shard,
+        first_block=first_block,
+        num_blocks=num_blocks,
+        tokens_sha256=tokens_digest(arrays["input_ids"]),
+        teacher_sha256=manifest.teacher.weights_sha256,
+        files={name: FileReceipt(num_bytes=len(data), sha256=sha256_hex(data)) for name, data in files.items()},
+    )
+    return PackedShard(receipt, files)
+
+
+def commit_shard(cache: Path, manifest: Manifest, shard: int, arrays: Mapping[str, Array]) -> Receipt:
+    """Pack and publish one shard; returns its receipt, an earlier one's if it was there first."""
+    return publish_shard(cache, manifest, pack_shard(manifest, shard, arrays))
+
+
+def publish_shard(cache: Path, manifest: Manifest, packed: PackedShard) -> Receipt:
+    """Write, check and publish a packed shard; returns its receipt, an earlier one's if it was there first."""
+    specs, (receipt, files) = array_specs(manifest), packed
+    shard = receipt.shard
     temporaries: dict[str, Path] = {}
     try:
         for name, spec in specs.items():
-            data = encode_shard(spec, arrays[name])
-            temporaries[name] = write_temporary(cache / spec.shard_path(shard), data)
-            files[name] = FileReceipt(num_bytes=len(data), sha256=sha256_hex(data))
-        receipt = Receipt(
-            fingerprint=manifest.fingerprint,
-            shard=shard,
-            first_block=first_block,
-            num_blocks=num_blocks,
-            tokens_sha256=tokens_digest(arrays["input_ids"]),
-            teacher_sha256=manifest.teacher.weights_sha256,
-            files=files,
-        )
-        sealed = seal_json(receipt.model_dump(mode="json"))
-        temporaries[RECEIPTS_FOLDER] = write_temporary(receipt_path(cache, shard), sealed)
+            temporaries[name] = write_temporary(cache / spec.shard_path(shard), files[name])
+        temporaries[RECEIPTS_FOLDER] = write_temporary(receipt_path(cache, shard), receipt.to_json())
         with writing(cache), FileLock(cache / PUBLISH_LOCK):
             earlier = read_receipt(cache, manifest, shard)
             if earlier is not None:

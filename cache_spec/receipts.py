@@ -48,6 +48,10 @@ class Receipt(Record):
         """Of the shard's files."""
         return sum(file.num_bytes for file in self.files.values())
 
+    def to_json(self) -> bytes:
+        """Sealed, as it is stored."""
+        return seal_json(self.model_dump(mode="json"))
+
 
 class Seal(Record):
     """Written once, when every shard has its receipt."""
