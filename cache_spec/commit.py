@@ -1,7 +1,7 @@
 """Commit one shard: every array's file, then the receipt, so that a kill at any moment loses nothing acknowledged.
 
-In: the decoded rows of one shard. Out: its files packed, then published, and their receipt. The first commit wins: a slow twin finds
-the receipt and throws its own work away.
+In: the decoded rows of one shard. Out: its files packed, then published, and their receipt. The first commit wins: a
+slow twin finds the receipt and throws its own work away.
 """
 
 from __future__ import annotations
