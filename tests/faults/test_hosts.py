@@ -39,6 +39,29 @@ for tls in json.loads(sys.argv[2]):
 """
 
 
+HANDSHAKES = """
+import socket, ssl, sys
+
+host, *ports = sys.argv[1:]
+context = ssl._create_unverified_context()
+for port in ports:
+    try:
+        with socket.create_connection((host, int(port)), 10) as plain, context.wrap_socket(plain) as spoken:
+            print(spoken.recv(1))
+    except ssl.SSLError as error:
+        print(error.reason)
+"""
+LOCAL = """
+import sys
+from pipeline.cluster import connected
+from pipeline.workers_config import WorkersConfig
+
+with connected(WorkersConfig(workers=2, workers_host=sys.argv[1]), 2) as client:
+    print(client.submit(pow, 2, 10).result(), client.scheduler.address, flush=True)
+    sys.stdin.read()
+"""
+
+
 @pytest.fixture(scope="module")
 def hosts() -> Iterator[Network]:
     with network("scheduler", "steady", "cut", "client") as made:
@@ -132,3 +155,28 @@ def test_a_host_that_is_cut_off_goes_on_and_one_that_dies_costs_nothing(
     told = (tmp_path / "strangers.log").read_text().splitlines()
     assert len(told) == 3
     assert all(line.startswith(f"no-scheduler: scheduler {cluster.address}") for line in told), told
+
+
+def test_local_workers_that_leave_loopback_listen_where_they_are_told_and_speak_tls_alone(
+    hosts: Network, tmp_path: Path
+) -> None:
+    host, other = hosts.hosts["steady"], hosts.hosts["client"]
+    command = [*host.enter, sys.executable, "-c", LOCAL, host.address]
+    environment = {**os.environ, **ENVIRONMENT}
+    with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as local:
+        assert local.stdout is not None
+        result, address = local.stdout.readline().split()
+        assert result == "1024"
+        assert address.startswith(f"tls://{host.address}:")
+
+        command = [*host.enter, "ss", "--no-header", "--listening", "--tcp", "--numeric"]
+        listening = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+        open_to = [line.split()[3].rsplit(":", 1) for line in listening]
+        assert {place for place, _ in open_to} == {host.address, "127.0.0.1"}
+        ports = [int(port) for place, port in open_to if place == host.address]
+        assert len(ports) == 5  # the scheduler, two workers and their nannies
+        done = subprocess.run([*other.enter, sys.executable, "-c", HANDSHAKES, host.address, *map(str, ports)],
+                              check=True, capture_output=True, text=True)  # fmt: skip
+        assert done.stdout.split() == ["TLSV13_ALERT_CERTIFICATE_REQUIRED"] * len(ports)
+        local.communicate("")
+    assert local.returncode == 0
