@@ -47,44 +47,39 @@ def _receipt(store: ObjectStore, manifest: Manifest, shard: int, data: bytes | N
 def publish_to_store(store: ObjectStore, manifest: Manifest, packed: PackedShard) -> Receipt:
     """Commit a packed shard; returns its receipt, an earlier one's if it was there first.
 
-    Raises KdpipeError ``shard-taken`` when another writer claimed the shard meanwhile.
+    Raises KdpipeError ``shard-taken`` when another writer claimed the shard meanwhile, and has not committed it.
     """
-    shard = packed.receipt.shard
+    if _committed(store, manifest, packed):
+        return packed.receipt
+    earlier = stored_receipt(store, manifest, packed.receipt.shard)
+    if earlier is None:
+        place = f"{store.url} shard {packed.receipt.shard}"
+        hint = "run the same command again: it takes what the other one made"
+        raise KdpipeError("shard-taken", place, found="another writer of this shard", hint=hint)
+    return earlier
+
+
+def _committed(store: ObjectStore, manifest: Manifest, packed: PackedShard) -> bool:
+    """Claim, write and commit; False as soon as the shard is another's."""
+    name = receipt_name(packed.receipt.shard)
     claim = canonical_json({"claim": secrets.token_hex(16)})
-    name = receipt_name(shard)
     claimed = store.put_new(name, claim)
     if claimed is None:
         found = store.get_versioned(name)
-        if found is None:
-            raise _taken(store, shard)
-        earlier = _receipt(store, manifest, shard, found[0])
-        if earlier is not None:
-            return earlier
+        if found is None or not found[0].startswith(_CLAIM):
+            return False
         claimed = store.replace(name, claim, found[1])
         if claimed is None:
-            raise _taken(store, shard)
+            return False
     for array, spec in array_specs(manifest).items():
-        _put(store, spec.shard_path(shard), packed.files[array], shard, claim)
-    if store.replace(name, packed.receipt.to_json(), claimed) is None:
-        earlier = stored_receipt(store, manifest, shard)
-        if earlier is None:
-            raise _taken(store, shard)
-        return earlier
-    return packed.receipt
-
-
-def _put(store: ObjectStore, name: str, data: bytes, shard: int, claim: bytes) -> None:
-    """Make an object of a claimed shard hold ``data``, whatever a killed writer left there."""
-    if store.put_new(name, data) is not None:
-        return
-    seen = store.head(name)
-    if store.get(receipt_name(shard)) != claim or seen is None or store.replace(name, data, seen) is None:
-        raise _taken(store, shard)
-
-
-def _taken(store: ObjectStore, shard: int) -> KdpipeError:
-    hint = "run the same command again: it takes what the other one made"
-    return KdpipeError("shard-taken", f"{store.url} shard {shard}", found="another writer of this shard", hint=hint)
+        path, data = spec.shard_path(packed.receipt.shard), packed.files[array]
+        if store.put_new(path, data) is not None:
+            continue
+        # What a killed writer left. Seen first, then the claim, then replaced as seen: the order keeps sleepers out.
+        seen = store.head(path)
+        if store.get(name) != claim or seen is None or store.replace(path, data, seen) is None:
+            return False
+    return store.replace(name, packed.receipt.to_json(), claimed) is not None
 
 
 def require_conditions(store: ObjectStore) -> None:
