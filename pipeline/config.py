@@ -124,6 +124,14 @@ class TranscodeConfig(EncodingConfig):
     """Cache to start from."""
     out: Path
     """Folder of the new cache."""
+
+    @field_validator("out", mode="before")
+    @classmethod
+    def _folder(cls, out: Any) -> Any:
+        if is_url(out):
+            raise ValueError(f"a folder is expected, not {out}: push the cache when it is made")
+        return out
+
     encoding: EncodingName | None = None  # type: ignore[assignment]
     """How targets are kept: topk, prototype, sampled, sparsified or hidden.  [default: as in CACHE]"""
     temperatures: tuple[float, ...] | None = None
