@@ -167,3 +167,20 @@ def test_a_claim_is_no_receipt(manifest: Manifest) -> None:
     store = InMemory(obstore.store.MemoryStore())
     store.put(receipt_name(0), canonical_json({"claim": "0" * 32}))
     assert stored_receipt(store, manifest, 0) is None
+
+
+def test_a_writer_whose_claim_was_taken_says_so(manifest: Manifest, packed: list[PackedShard]) -> None:
+    objects = obstore.store.MemoryStore()
+    store = InMemory(objects)
+    original = store.put_new
+
+    def taken(name: str, data: bytes) -> Any:
+        if name.startswith("input_ids"):
+            store.put(receipt_name(0), canonical_json({"claim": "1" * 32}))
+        return original(name, data)
+
+    store.put_new = taken  # type: ignore[method-assign]
+    with pytest.raises(KdpipeError) as caught:
+        publish_to_store(store, manifest, packed[0])
+    assert caught.value.kind == "shard-taken"
+    assert publish_to_store(InMemory(objects), manifest, packed[0]) == packed[0].receipt
