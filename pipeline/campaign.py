@@ -57,6 +57,7 @@ def capture_on_workers(
     device = config.device
     job = Job(
         out=str(config.out.resolve()),
+        store=config.store,
         fingerprint=manifest.fingerprint,
         staged_key=staged.key,
         teacher=files.name,

@@ -160,17 +160,20 @@ def drop_staging(out: Path) -> None:
 
 def summary(cache: Path, manifest: Manifest, *, captured: int) -> dict[str, Any]:
     """What a finished cache says for itself."""
-    paths = [
-        *(
-            spec.shard_path(shard)
-            for spec in array_specs(manifest).values()
-            for shard in range(manifest.blocks.num_shards)
-        ),
-        *table_paths(manifest),
-    ]
-    bytes_on_disk = sum((cache / path).stat().st_size for path in paths)
+    num_bytes = sum((cache / path).stat().st_size for path in data_paths(manifest))
+    return counts(str(cache), manifest, num_bytes, captured=captured)
+
+
+def data_paths(manifest: Manifest) -> list[str]:
+    """Every file of a cache that holds values."""
+    shards = range(manifest.blocks.num_shards)
+    return [*(spec.shard_path(s) for spec in array_specs(manifest).values() for s in shards), *table_paths(manifest)]
+
+
+def counts(name: str, manifest: Manifest, num_bytes: int, *, captured: int) -> dict[str, Any]:
+    """What is said of a finished cache called ``name``, whose values take ``num_bytes``."""
     return {
-        "cache": str(cache),
+        "cache": name,
         "fingerprint": manifest.fingerprint,
         "encoding": manifest.encoding.name,
         "documents": manifest.corpus.num_documents,
@@ -178,8 +181,8 @@ def summary(cache: Path, manifest: Manifest, *, captured: int) -> dict[str, Any]
         "blocks": manifest.blocks.num_blocks,
         "shards": manifest.blocks.num_shards,
         "shards_captured_now": captured,
-        "bytes": bytes_on_disk,
-        "bytes_per_token": round(bytes_on_disk / manifest.corpus.num_tokens, 2),
+        "bytes": num_bytes,
+        "bytes_per_token": round(num_bytes / manifest.corpus.num_tokens, 2),
     }
 
 

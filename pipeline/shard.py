@@ -9,22 +9,22 @@ Legend of axes: B blocks, T tokens, W windows, D teacher width.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from cache_spec.commit import commit_shard
+from cache_spec.commit import pack_shard
 from cache_spec.encodings.hidden import encode_int8
 from cache_spec.manifest import HiddenInfo, Manifest
 from cache_spec.masking import REPLACEMENTS, SELECTED, MaskedText
-from cache_spec.receipts import Receipt, read_receipt
+from cache_spec.receipts import Receipt
 from cache_spec.targets import Array
 from pipeline.blocks import StagedBlocks
 from pipeline.encoders import make_encoder
 from pipeline.encoders.spectrum import Encoder
 from pipeline.masking import Masker, Masks
 from pipeline.overlap import overlapped
+from pipeline.place import Place
 from pipeline.targets import encode_batch
 from pipeline.teacher import OutputHead, States, Teacher
 
@@ -35,7 +35,7 @@ def encoder_of(manifest: Manifest, tables: Mapping[str, Array], device: torch.de
 
 
 def capture_shard(
-    cache: Path,
+    place: Place,
     manifest: Manifest,
     staged: StagedBlocks,
     teacher: Teacher,
@@ -44,7 +44,7 @@ def capture_shard(
     on_tokens: Callable[[int], object] = lambda tokens: None,
 ) -> Receipt:
     """Run the teacher over one shard's blocks and commit it, if it is not committed; returns its receipt."""
-    earlier = read_receipt(cache, manifest, shard)
+    earlier = place.receipt(manifest, shard)
     if earlier is not None:
         return earlier
     made = _read_by_teacher(manifest, staged, teacher, shard, on_tokens)
@@ -53,7 +53,7 @@ def capture_shard(
         return encode_hidden(manifest, teacher.head, encoder, *batch)
 
     parts = overlapped(made, encoded) if overlaps(teacher.device) else [encoded(batch) for batch in made]
-    return commit_shard(cache, manifest, shard, joined(parts))
+    return place.publish(manifest, pack_shard(manifest, shard, joined(parts)))
 
 
 def overlaps(device: torch.device) -> bool:

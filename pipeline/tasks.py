@@ -23,6 +23,7 @@ from pipeline.encoders.spectrum import Encoder
 from pipeline.failures import as_failure
 from pipeline.folder import STAGING_NAME, read_tables
 from pipeline.job import Committed, Job, JobRef, check_worker, missing_weights, read_job, worker_place
+from pipeline.place import Place, place_of
 from pipeline.shard import capture_shard, encoder_of
 from pipeline.teacher import Teacher, load_teacher
 from pipeline.teacher_files import TeacherFiles, resolve_teacher
@@ -36,6 +37,7 @@ class _Prepared:
     """A job as this process holds it."""
 
     job: Job
+    place: Place
     manifest: Manifest
     staged: StagedBlocks
     teacher: Teacher
@@ -62,7 +64,7 @@ def capture_task(ref: JobRef, shard: int) -> Committed:
             if prepared.job.num_threads is not None:
                 torch.set_num_threads(prepared.job.num_threads)
             receipt = capture_shard(
-                Path(prepared.job.out), manifest, prepared.staged, prepared.teacher, prepared.encoder, shard
+                prepared.place, manifest, prepared.staged, prepared.teacher, prepared.encoder, shard
             )
     except BadInputError as error:
         cause = error.__cause__
@@ -91,7 +93,7 @@ def _prepare(ref: JobRef, worker: Any) -> _Prepared:
         teacher = _teacher(job, worker)
         encoder = encoder_of(manifest, read_tables(out, manifest), teacher.device)
         staged = open_staged(out / STAGING_NAME, job.staged_key)
-        _prepared[ref.sha256] = _Prepared(job, manifest, staged, teacher, encoder)
+        _prepared[ref.sha256] = _Prepared(job, place_of(out, job.store), manifest, staged, teacher, encoder)
     return _prepared[ref.sha256]
 
 

@@ -100,18 +100,18 @@ def test_every_token_of_every_document_is_there_once(config: CaptureConfig) -> N
 
 def test_a_stopped_capture_resumes_to_the_same_bytes(config: CaptureConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     capture(config)
-    real = commit.commit_shard
+    real = commit.publish_shard
 
-    def stops(cache: Path, manifest: Any, shard: int, rows: Any) -> Any:
-        if shard == 2:
+    def stops(cache: Path, manifest: Any, packed: Any) -> Any:
+        if packed.receipt.shard == 2:
             raise KeyboardInterrupt
-        return real(cache, manifest, shard, rows)
+        return real(cache, manifest, packed)
 
     again = changed(config, out=config.out.with_name("again"))
-    monkeypatch.setattr("pipeline.shard.commit_shard", stops)
+    monkeypatch.setattr("pipeline.place.publish_shard", stops)
     with pytest.raises(KeyboardInterrupt):
         capture(again)
-    monkeypatch.setattr("pipeline.shard.commit_shard", real)
+    monkeypatch.setattr("pipeline.place.publish_shard", real)
     assert committed_shards(again.out, inspect_manifest(again)) == [0, 1]
     assert capture(again)["shards_captured_now"] == inspect_manifest(again).blocks.num_shards - 2
     assert contents(again.out) == contents(config.out)
