@@ -6,10 +6,11 @@ A shard without a receipt does not exist; a cache without a seal is not finished
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 from pydantic import Field, ValidationError
 
@@ -62,8 +63,12 @@ class Seal(Record):
     """Digest over the bytes of all receipts in shard order."""
 
 
+def receipt_name(shard: int) -> str:
+    return f"{shard:08d}.json"
+
+
 def receipt_path(cache: Path, shard: int) -> Path:
-    return cache / RECEIPTS_FOLDER / f"{shard:08d}.json"
+    return cache / RECEIPTS_FOLDER / receipt_name(shard)
 
 
 def read_manifest(cache: Path) -> Manifest:
@@ -107,6 +112,31 @@ def _read_sealed(path: Path) -> str | None:
 
 def read_receipt(cache: Path, manifest: Manifest, shard: int) -> Receipt | None:
     """The receipt of a shard, checked against the manifest; None if there is none."""
+    return _read_receipt(cache, manifest, shard, _Common.of(manifest))
+
+
+def read_receipts(cache: Path, manifest: Manifest) -> Iterator[tuple[int, Receipt | None]]:
+    """Every shard with its receipt; None if there is none, or none that can be used."""
+    common = _Common.of(manifest)
+    for shard in range(manifest.blocks.num_shards):
+        try:
+            yield shard, _read_receipt(cache, manifest, shard, common)
+        except CacheError:
+            yield shard, None
+
+
+class _Common(NamedTuple):
+    """What all receipts of a cache say alike, made once: it takes as long as reading one."""
+
+    fingerprint: str
+    arrays: frozenset[str]
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> _Common:
+        return cls(manifest.fingerprint, frozenset(array_specs(manifest)))
+
+
+def _read_receipt(cache: Path, manifest: Manifest, shard: int, common: _Common) -> Receipt | None:
     path = receipt_path(cache, shard)
     body = _read_sealed(path)
     if body is None:
@@ -116,18 +146,19 @@ def read_receipt(cache: Path, manifest: Manifest, shard: int) -> Receipt | None:
     except ValidationError as error:
         raise CacheError("bad-receipt", path, found=error.errors()[0]["msg"]) from None
     first_block, num_blocks = manifest.blocks.shard_range(shard)
-    expected = (manifest.fingerprint, shard, first_block, num_blocks, manifest.teacher.weights_sha256)
+    expected = (common.fingerprint, shard, first_block, num_blocks, manifest.teacher.weights_sha256)
     found = (receipt.fingerprint, receipt.shard, receipt.first_block, receipt.num_blocks, receipt.teacher_sha256)
-    if expected != found or set(receipt.files) != set(array_specs(manifest)):
-        raise CacheError("foreign-receipt", path, expected=f"shard {shard} of cache {manifest.fingerprint[:12]}")
+    if expected != found or receipt.files.keys() != common.arrays:
+        raise CacheError("foreign-receipt", path, expected=f"shard {shard} of cache {common.fingerprint[:12]}")
     return receipt
 
 
-def write_seal(cache: Path, manifest: Manifest) -> None:
+def write_seal(cache: Path, manifest: Manifest) -> Seal:
     """Seal a cache whose shards all have receipts; CacheError ``unfinished-cache`` otherwise."""
     digest = receipts_digest(cache, manifest)
     seal = Seal(fingerprint=manifest.fingerprint, num_shards=manifest.blocks.num_shards, receipts_sha256=digest)
     replace_file(cache / SEAL_NAME, seal_json(seal.model_dump(mode="json")))
+    return seal
 
 
 def read_seal(cache: Path, manifest: Manifest) -> Seal | None:
@@ -147,32 +178,17 @@ def read_seal(cache: Path, manifest: Manifest) -> Seal | None:
 
 def receipts_digest(cache: Path, manifest: Manifest) -> str:
     """Digest over all receipts in shard order."""
-    parts = []
+    digest, common = hashlib.sha256(), _Common.of(manifest)
     for shard in range(manifest.blocks.num_shards):
-        if read_receipt(cache, manifest, shard) is None:
+        if _read_receipt(cache, manifest, shard, common) is None:
             raise unfinished(cache, manifest)
-        parts.append(receipt_path(cache, shard).read_bytes())
-    return sha256_hex(b"".join(parts))
+        digest.update(receipt_path(cache, shard).read_bytes())
+    return digest.hexdigest()
 
 
 def committed_shards(cache: Path, manifest: Manifest) -> list[int]:
     """Shards that have a receipt, ascending."""
     return [s for s in range(manifest.blocks.num_shards) if receipt_path(cache, s).exists()]
-
-
-def whole_shards(cache: Path, manifest: Manifest) -> set[int]:
-    """Shards whose receipt is valid and whose files are all there with their sizes; contents are not read."""
-    specs = array_specs(manifest)
-    whole = set()
-    for shard in range(manifest.blocks.num_shards):
-        try:
-            receipt = read_receipt(cache, manifest, shard)
-            paths = {name: cache / spec.shard_path(shard) for name, spec in specs.items()}
-            if receipt and all(os.lstat(paths[n]).st_size == file.num_bytes for n, file in receipt.files.items()):
-                whole.add(shard)
-        except (CacheError, OSError):
-            continue
-    return whole
 
 
 def unfinished(cache: Path, manifest: Manifest) -> CacheError:
