@@ -15,15 +15,16 @@ from typing import Any
 import torch
 from dask.distributed import get_worker
 
+from cache_spec.commit import commit_shard
 from cache_spec.errors import BadInputError, KdpipeError
 from cache_spec.manifest import Manifest
-from cache_spec.receipts import read_manifest
+from cache_spec.receipts import read_manifest, read_receipt
 from pipeline.blocks import StagedBlocks, open_staged
 from pipeline.encoders.spectrum import Encoder
 from pipeline.failures import as_failure
 from pipeline.folder import STAGING_NAME, read_tables
 from pipeline.job import Committed, Job, JobRef, check_worker, missing_weights, read_job, worker_place
-from pipeline.shard import capture_shard, encoder_of
+from pipeline.shard import encoder_of, shard_arrays
 from pipeline.teacher import Teacher, load_teacher
 from pipeline.teacher_files import TeacherFiles, resolve_teacher
 
@@ -56,14 +57,16 @@ def capture_task(ref: JobRef, shard: int) -> Committed:
     worker = get_worker()
     place = f"shard {shard}: {worker_place(worker)}"
     try:
-        with _lock:  # a teacher reads one batch at a time, however many threads the worker has
+        with _lock:  # a teacher reads one batch at a time; a worker's second thread commits the shard before
             prepared = _prepare(ref, worker)
-            manifest = prepared.manifest
-            if prepared.job.num_threads is not None:
-                torch.set_num_threads(prepared.job.num_threads)
-            receipt = capture_shard(
-                Path(prepared.job.out), manifest, prepared.staged, prepared.teacher, prepared.encoder, shard
-            )
+            out, manifest = Path(prepared.job.out), prepared.manifest
+            receipt = read_receipt(out, manifest, shard)
+            if receipt is None:
+                if prepared.job.num_threads is not None:
+                    torch.set_num_threads(prepared.job.num_threads)
+                arrays = shard_arrays(manifest, prepared.staged, prepared.teacher, prepared.encoder, shard)
+        if receipt is None:
+            receipt = commit_shard(out, manifest, shard, arrays)
     except BadInputError as error:
         cause = error.__cause__
         if error.kind != "cannot-write" or not isinstance(cause, OSError) or cause.errno in _LASTING:
