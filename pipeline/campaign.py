@@ -186,6 +186,7 @@ class Campaign:
 
     def _tell_finished(self, future: Future[Any]) -> None:
         """In a thread of dask."""
+        assert self._client.loop is not None
         self._client.loop.add_callback(self._fetch, future)
 
     async def _fetch(self, future: Future[Any]) -> None:

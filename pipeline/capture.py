@@ -26,7 +26,7 @@ from pipeline.folder import STAGING_NAME
 from pipeline.masking import kept_first
 from pipeline.place import Place, place_of
 from pipeline.progress import Progress
-from pipeline.shard import capture_shard, encoder_of, masker_of, read_blocks
+from pipeline.shard import capture_shards, encoder_of, masker_of, read_blocks
 from pipeline.source import Source, as_settled, refuse_differences, resolve_source, staged_manifest
 from pipeline.tables import make_tables, settled
 from pipeline.teacher import Teacher, load_teacher
@@ -125,10 +125,10 @@ class _Run:
                 return
             tables = folder.read_tables(config.out, manifest)
             encoder = encoder_of(manifest, tables, self.teacher.device)
-            for shard in todo:
-                progress.running(1)
-                receipt = capture_shard(self.place, manifest, self.staged, self.teacher, encoder, shard, progress.read)
-                progress.committed(shard, receipt.num_bytes)
+            progress.running(1)
+            receipts = capture_shards(self.place, manifest, self.staged, self.teacher, encoder, todo, progress.read)
+            for receipt in receipts:
+                progress.committed(receipt.shard, receipt.num_bytes)
 
 
 def description(source: Source) -> dict[str, bytes]:

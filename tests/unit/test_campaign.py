@@ -180,10 +180,11 @@ def test_events_are_one_json_object_a_line(client: Client, capsys: pytest.Captur
 
 def test_a_result_that_is_long_in_coming_holds_up_no_other(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     """As when the worker that holds it is frozen, or cut off."""
-    gather = client._gather
+    gather: Any = client._gather
 
     async def slow(futures: list[Future[Any]], *args: Any, **kwargs: Any) -> Any:
-        while futures[0].key[1] == 0 and len(begun) < NUM_SHARDS:
+        key: Any = futures[0].key
+        while key[1] == 0 and len(begun) < NUM_SHARDS:
             await asyncio.sleep(0.01)
         return await gather(futures, *args, **kwargs)
 
