@@ -141,7 +141,7 @@ def inspect_manifest(config: CaptureConfig) -> Any:
 def test_a_workers_failure_reaches_the_user_and_spares_the_rest(config: CaptureConfig) -> None:
     poison(Path(config.teacher))
     with pytest.raises(BadInputError, match="non-finite-logits: block 0"):
-        capture(changed(config, workers=2))
+        capture(changed(config, workers=1))
 
 
 def test_a_finished_capture_is_left_alone_without_loading_the_teacher(

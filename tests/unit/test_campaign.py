@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import cloudpickle
 import pytest
@@ -183,8 +183,8 @@ def test_a_result_that_is_long_in_coming_holds_up_no_other(client: Client, monke
     gather: Any = client._gather
 
     async def slow(futures: list[Future[Any]], *args: Any, **kwargs: Any) -> Any:
-        key: Any = futures[0].key
-        while key[1] == 0 and len(begun) < NUM_SHARDS:
+        _, shard, _ = cast(tuple[str, int, int], futures[0].key)
+        while shard == 0 and len(begun) < NUM_SHARDS:
             await asyncio.sleep(0.01)
         return await gather(futures, *args, **kwargs)
 
