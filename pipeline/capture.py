@@ -49,7 +49,7 @@ def capture(config: CaptureConfig, *, quiet: bool = False, events: bool = False)
                 logger.info("%s is finished already: %d blocks", out, existing.blocks.num_blocks)
                 folder.drop_staging(out)
                 return folder.summary(out, existing, captured=0)
-        run = _Run(source, stage(source, quiet=quiet), quiet, events)
+        run = Run(source, stage(source, quiet=quiet), quiet, events)
         if existing is None:
             manifest = folder.create(out, *run.start())
         else:
@@ -61,7 +61,7 @@ def capture(config: CaptureConfig, *, quiet: bool = False, events: bool = False)
         return folder.summary(out, manifest, captured=len(todo))
 
 
-class _Run:
+class Run:
     """A capture under way: its staged blocks, and its teacher, which is loaded when it is first needed."""
 
     def __init__(self, source: Source, staged: StagedBlocks, quiet: bool, events: bool) -> None:
