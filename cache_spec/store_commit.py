@@ -15,7 +15,7 @@ from cache_spec.commit import PackedShard
 from cache_spec.errors import BadInputError, CacheError, KdpipeError
 from cache_spec.layout import array_specs
 from cache_spec.manifest import Manifest, canonical_json
-from cache_spec.receipts import Receipt, parse_receipt, receipt_name
+from cache_spec.receipts import Receipt, parse_receipt, receipt_object
 from cache_spec.store import ObjectStore, Version
 
 _CLAIM = b'{"claim":'
@@ -23,7 +23,7 @@ _CLAIM = b'{"claim":'
 
 def stored_receipt(store: ObjectStore, manifest: Manifest, shard: int) -> Receipt | None:
     """The receipt of a shard, checked against the manifest; None if there is none, or only a claim."""
-    return _receipt(store, manifest, shard, store.get(receipt_name(shard)))
+    return _receipt(store, manifest, shard, store.get(receipt_object(shard)))
 
 
 def stored_receipts(
@@ -31,7 +31,7 @@ def stored_receipts(
 ) -> Iterator[Receipt | CacheError | None]:
     """The receipts of shards in their order; an error in the place of one that is broken, None for one that is not."""
     shards = list(shards)
-    for shard, data in zip(shards, store.get_many(map(receipt_name, shards)), strict=True):
+    for shard, data in zip(shards, store.get_many(map(receipt_object, shards)), strict=True):
         try:
             yield _receipt(store, manifest, shard, data)
         except CacheError as error:
@@ -41,7 +41,7 @@ def stored_receipts(
 def _receipt(store: ObjectStore, manifest: Manifest, shard: int, data: bytes | None) -> Receipt | None:
     if data is None or data.startswith(_CLAIM):
         return None
-    return parse_receipt(data, manifest, shard, f"{store.url}/{receipt_name(shard)}")
+    return parse_receipt(data, manifest, shard, f"{store.url}/{receipt_object(shard)}")
 
 
 def publish_to_store(store: ObjectStore, manifest: Manifest, packed: PackedShard) -> Receipt:
@@ -61,7 +61,7 @@ def publish_to_store(store: ObjectStore, manifest: Manifest, packed: PackedShard
 
 def _committed(store: ObjectStore, manifest: Manifest, packed: PackedShard) -> bool:
     """Claim, write and commit; False as soon as the shard is another's."""
-    name = receipt_name(packed.receipt.shard)
+    name = receipt_object(packed.receipt.shard)
     claim = canonical_json({"claim": secrets.token_hex(16)})
     claimed = store.put_new(name, claim)
     if claimed is None:

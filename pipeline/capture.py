@@ -26,7 +26,7 @@ from pipeline.folder import STAGING_NAME
 from pipeline.masking import kept_first
 from pipeline.place import Place, place_of
 from pipeline.progress import Progress
-from pipeline.shard import capture_shard, encoder_of, masker_of, read_blocks
+from pipeline.shard import capture_shards, encoder_of, masker_of, read_blocks
 from pipeline.source import Source, as_settled, refuse_differences, resolve_source, staged_manifest
 from pipeline.tables import make_tables, settled
 from pipeline.teacher import Teacher, load_teacher
@@ -52,7 +52,7 @@ def capture(config: CaptureConfig, *, quiet: bool = False, events: bool = False)
                 logger.info("%s is finished already: %d blocks", place.name, existing.blocks.num_blocks)
                 folder.drop_staging(out)
                 return place.summary(existing, captured=0)
-        run = _Run(source, place, stage(source, quiet=quiet), quiet, events)
+        run = Run(source, place, stage(source, quiet=quiet), quiet, events)
         if existing is None:
             manifest = folder.create(out, *run.start())
         else:
@@ -65,7 +65,7 @@ def capture(config: CaptureConfig, *, quiet: bool = False, events: bool = False)
         return place.summary(manifest, captured=len(todo))
 
 
-class _Run:
+class Run:
     """A capture under way: its staged blocks, and its teacher, which is loaded when it is first needed."""
 
     def __init__(self, source: Source, place: Place, staged: StagedBlocks, quiet: bool, events: bool) -> None:
@@ -125,10 +125,10 @@ class _Run:
                 return
             tables = folder.read_tables(config.out, manifest)
             encoder = encoder_of(manifest, tables, self.teacher.device)
-            for shard in todo:
-                progress.running(1)
-                receipt = capture_shard(self.place, manifest, self.staged, self.teacher, encoder, shard, progress.read)
-                progress.committed(shard, receipt.num_bytes)
+            progress.running(1)
+            receipts = capture_shards(self.place, manifest, self.staged, self.teacher, encoder, todo, progress.read)
+            for receipt in receipts:
+                progress.committed(receipt.shard, receipt.num_bytes)
 
 
 def description(source: Source) -> dict[str, bytes]:

@@ -16,7 +16,7 @@ from cache_spec.durable import make_folder, replace_file
 from cache_spec.errors import CacheError, WouldLoseDataError
 from cache_spec.layout import array_specs
 from cache_spec.manifest import MANIFEST_NAME, Manifest, differences, sha256_hex
-from cache_spec.receipts import SEAL_NAME, Receipt, parse_seal, read_receipt, receipt_name, seal_bytes
+from cache_spec.receipts import SEAL_NAME, Receipt, make_seal, parse_seal, read_receipt, receipt_object
 from cache_spec.store import ObjectStore
 from cache_spec.store_commit import publish_to_store, require_conditions, stored_receipt, stored_receipts
 from cache_spec.tables import table_paths
@@ -155,7 +155,7 @@ class InStore:
     def reopen(self, manifest: Manifest) -> list[int]:
         missing = self._missing(manifest)
         if missing:
-            stale = [receipt_name(shard) for shard, receipt in missing.items() if receipt is not None]
+            stale = [receipt_object(shard) for shard, receipt in missing.items() if receipt is not None]
             self.store.delete([SEAL_NAME, *stale])
         return sorted(missing)
 
@@ -164,7 +164,7 @@ class InStore:
         sizes = dict(self.store.list())
         specs = array_specs(manifest)
         shards = range(manifest.blocks.num_shards)
-        begun = [shard for shard in shards if receipt_name(shard) in sizes]
+        begun = [shard for shard in shards if receipt_object(shard) in sizes]
         missing: dict[int, Receipt | CacheError | None] = dict.fromkeys(shards)
         for shard, receipt in zip(begun, stored_receipts(self.store, manifest, begun), strict=True):
             if isinstance(receipt, Receipt) and all(
@@ -188,10 +188,16 @@ class InStore:
             if not isinstance(receipt, Receipt):
                 raise receipt or CacheError("unfinished-cache", self.name, found=f"no receipt of shard {shard}")
             digest.update(receipt.to_json())
-        self.store.put(SEAL_NAME, seal_bytes(manifest, digest.hexdigest()))
+        self.store.put(SEAL_NAME, make_seal(manifest, digest.hexdigest()).to_json())
         folder.drop_staging(self.out)
 
     def summary(self, manifest: Manifest, *, captured: int) -> dict[str, Any]:
         sizes = dict(self.store.list())
-        num_bytes = sum(sizes.get(path, 0) for path in folder.data_paths(manifest))
+        num_bytes = sum(sizes.get(path, 0) for path in _value_paths(manifest))
         return folder.counts(self.name, manifest, num_bytes, captured=captured)
+
+
+def _value_paths(manifest: Manifest) -> list[str]:
+    """Every object of a cache that holds values."""
+    shards = range(manifest.blocks.num_shards)
+    return [*(spec.shard_path(s) for spec in array_specs(manifest).values() for s in shards), *table_paths(manifest)]

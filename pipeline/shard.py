@@ -8,7 +8,7 @@ Legend of axes: B blocks, T tokens, W windows, D teacher width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
 import torch
@@ -34,26 +34,53 @@ def encoder_of(manifest: Manifest, tables: Mapping[str, Array], device: torch.de
     return make_encoder(manifest.encoding, manifest.geometry, tables=tables, device=device)
 
 
-def capture_shard(
+def capture_shards(
     place: Place,
+    manifest: Manifest,
+    staged: StagedBlocks,
+    teacher: Teacher,
+    encoder: Encoder,
+    shards: Iterable[int],
+    on_tokens: Callable[[int], object] = lambda tokens: None,
+) -> Iterator[Receipt]:
+    """Run the teacher over shard after shard; another thread packs and commits the one before. Gives the receipts.
+
+    Two shards' arrays are held at most: one that is committed and one that is made. A failure to commit is raised at
+    the next batch.
+    """
+    failed: list[BaseException] = []
+
+    def checked(tokens: int) -> None:
+        if failed:
+            raise failed[0]
+        on_tokens(tokens)
+
+    def committed(made: tuple[int, dict[str, Array]]) -> Receipt:
+        try:
+            return place.publish(manifest, pack_shard(manifest, *made))
+        except BaseException as error:
+            failed.append(error)
+            raise
+
+    made = ((shard, shard_arrays(manifest, staged, teacher, encoder, shard, checked)) for shard in shards)
+    yield from overlapped(made, committed)
+
+
+def shard_arrays(
     manifest: Manifest,
     staged: StagedBlocks,
     teacher: Teacher,
     encoder: Encoder,
     shard: int,
     on_tokens: Callable[[int], object] = lambda tokens: None,
-) -> Receipt:
-    """Run the teacher over one shard's blocks and commit it, if it is not committed; returns its receipt."""
-    earlier = place.receipt(manifest, shard)
-    if earlier is not None:
-        return earlier
+) -> dict[str, Array]:
+    """What a cache keeps of one shard's blocks, as the teacher reads them now."""
     made = _read_by_teacher(manifest, staged, teacher, shard, on_tokens)
 
     def encoded(batch: _Batch) -> dict[str, Array]:
         return encode_hidden(manifest, teacher.head, encoder, *batch)
 
-    parts = overlapped(made, encoded) if overlaps(teacher.device) else [encoded(batch) for batch in made]
-    return place.publish(manifest, pack_shard(manifest, shard, joined(parts)))
+    return joined(list(overlapped(made, encoded) if overlaps(teacher.device) else map(encoded, made)))
 
 
 def overlaps(device: torch.device) -> bool:

@@ -59,7 +59,8 @@ def test_the_whole_job_from_text_to_evaluated_student(
     code, out, _ = kdpipe(capsys, *capture)
     assert (code, json.loads(out)["shards_captured_now"]) == (0, json.loads(out)["shards"])
     assert json.loads(kdpipe(capsys, *capture)[1])["shards_captured_now"] == 0
-    assert kdpipe(capsys, "verify", cache)[:2] == (0, f"{cache}: 0 problem(s)\n")
+    for flags in ([], ["--shallow"]):
+        assert kdpipe(capsys, "verify", cache, *flags)[:2] == (0, f"{cache}: 0 problem(s)\n")
     assert json.loads(kdpipe(capsys, "inspect", cache, "--json")[1])["finished"]
     train = ["train-student", "--cache", cache, "--out", run, "--teacher", teacher, "--num-layers", 1]
     train += ["--batch-blocks", 4, "--device", "cpu", "--cosine-weight", 0.5, "--temperature", 2, "--json"]
@@ -188,6 +189,7 @@ def test_an_unknown_recipe_names_the_shipped_ones(capsys: pytest.CaptureFixture[
         ["verify", "c", "--teacher", "t"],
         ["verify", "c", "--gguf-file", "t"],
         ["verify", "c", "--batches", "4"],
+        ["verify", "c", "--shallow", "--deep"],
     ],
 )
 def test_wrong_usage_exits_with_2(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from cache_spec import store_commit
 from cache_spec.errors import BadInputError, WouldLoseDataError
-from cache_spec.receipts import receipt_name
+from cache_spec.receipts import receipt_object
 from cache_spec.store import ObjectStore
 from cache_spec.validate import verify_cache
 from pipeline.capture import capture
@@ -94,7 +94,7 @@ def test_another_machine_goes_on_where_one_stopped(
     store = ObjectStore(url)
     assert store.get("seal.json") is None
     # One commit more was cut off between its claim and its receipt, one receipt lost a file, and one was damaged.
-    store.put(receipt_name(2), b'{"claim":"of a killed writer"}\n')
+    store.put(receipt_object(2), b'{"claim":"of a killed writer"}\n')
     store.put("input_ids/c.2.0", b"half of an object")
     store.delete(["input_ids/c.1.0"])
     told = capture(stored(clean, str(tmp_path / "elsewhere"), store=url), quiet=True)

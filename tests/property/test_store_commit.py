@@ -18,7 +18,7 @@ from cache_spec.commit import PackedShard, pack_shard
 from cache_spec.errors import KdpipeError
 from cache_spec.layout import array_specs
 from cache_spec.manifest import Manifest, canonical_json, sha256_hex
-from cache_spec.receipts import Receipt, receipt_name
+from cache_spec.receipts import Receipt, receipt_object
 from cache_spec.store import ObjectStore
 from cache_spec.store_commit import publish_to_store, stored_receipt
 from tests.synthetic import make_manifest, make_rows, shard_rows
@@ -147,7 +147,7 @@ def test_a_writer_that_slept_changes_nothing_of_what_a_later_one_committed(
 ) -> None:
     objects = obstore.store.MemoryStore()
     store = InMemory(objects)
-    name = receipt_name(0)
+    name = receipt_object(0)
     steps = 0
 
     def sleeps() -> None:
@@ -165,7 +165,7 @@ def test_a_writer_that_slept_changes_nothing_of_what_a_later_one_committed(
 
 def test_a_claim_is_no_receipt(manifest: Manifest) -> None:
     store = InMemory(obstore.store.MemoryStore())
-    store.put(receipt_name(0), canonical_json({"claim": "0" * 32}))
+    store.put(receipt_object(0), canonical_json({"claim": "0" * 32}))
     assert stored_receipt(store, manifest, 0) is None
 
 
@@ -176,7 +176,7 @@ def test_a_writer_whose_claim_was_taken_says_so(manifest: Manifest, packed: list
 
     def taken(name: str, data: bytes) -> Any:
         if name.startswith("input_ids"):
-            store.put(receipt_name(0), canonical_json({"claim": "1" * 32}))
+            store.put(receipt_object(0), canonical_json({"claim": "1" * 32}))
         return original(name, data)
 
     store.put_new = taken  # type: ignore[method-assign]
