@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import obstore
@@ -67,6 +68,11 @@ class ReadableStore(Protocol):
     def list(self, prefix: str = "") -> Iterator[Listed]:
         """Every object whose name begins with ``prefix``, a folder's name and a slash."""
         ...
+
+
+def home_folder() -> Path:
+    """What this program keeps for a user between runs lies below: ``$KDPIPE_HOME``, or ``~/.cache/kdpipe``."""
+    return Path(os.environ.get("KDPIPE_HOME") or "~/.cache/kdpipe").expanduser()
 
 
 def is_url(path: object) -> bool:

@@ -25,13 +25,12 @@ from cache_spec.manifest import MANIFEST_NAME, Manifest, sha256_hex
 from cache_spec.masking import REPLACEMENTS, SELECTED, checked_masking, masking_errors
 from cache_spec.reader import ShardFile
 from cache_spec.receipts import (
-    RECEIPTS_FOLDER,
     SEAL_NAME,
     Receipt,
     read_manifest,
     read_receipt,
     read_seal,
-    receipt_path,
+    receipt_name,
     receipts_digest,
     small_file_errors,
     unfinished,
@@ -64,11 +63,17 @@ class Problems(list[Problem]):
             self.append(Problem(error.kind, error.place, error.expected, error.found))
 
 
-def verify_cache(cache: Path, on_shard: Callable[[int], object] = lambda shard: None) -> list[Problem]:
+def _nothing(shard: int) -> None:
+    pass
+
+
+def verify_cache(
+    cache: Path, on_shard: Callable[[int], object] = _nothing, before_shard: Callable[[int], object] = _nothing
+) -> list[Problem]:
     """All problems of a cache; an empty list means that it is finished and whole.
 
     Every byte of every file is read: digests first, then the meaning of each array. ``on_shard`` is called after
-    each shard, for progress.
+    each shard, for progress, and ``before_shard`` before its files are looked at.
     """
     problems = Problems()
     with problems.collecting():
@@ -82,6 +87,7 @@ def verify_cache(cache: Path, on_shard: Callable[[int], object] = lambda shard: 
         tokens = hashlib.sha256()
         num_readable = num_tokens = 0
         for shard in range(manifest.blocks.num_shards):
+            before_shard(shard)
             read = check_shard(cache, manifest, shard)
             problems += read.problems
             if "input_ids" in read.arrays:
@@ -154,12 +160,16 @@ def _said(metadata: object) -> object:
     return {name: value for name, value in metadata.items() if value not in (None, [], {})}
 
 
+def known_files(manifest: Manifest) -> set[str]:
+    """Every file that a finished cache has."""
+    shards = range(manifest.blocks.num_shards)
+    known = {MANIFEST_NAME, SEAL_NAME, *manifest.files, *table_paths(manifest), *map(receipt_name, shards)}
+    return known | {spec.shard_path(shard) for spec in array_specs(manifest).values() for shard in shards}
+
+
 def _stray_files(cache: Path, manifest: Manifest) -> Iterator[Problem]:
     """Files that no rule accounts for; hidden ones (locks, leftovers of killed runs) are nobody's data."""
-    blocks = manifest.blocks
-    known = {MANIFEST_NAME, SEAL_NAME, *manifest.files, *table_paths(manifest)}
-    known |= {f"{RECEIPTS_FOLDER}/{receipt_path(cache, shard).name}" for shard in range(blocks.num_shards)}
-    known |= {spec.shard_path(s) for spec in array_specs(manifest).values() for s in range(blocks.num_shards)}
+    known = known_files(manifest)
     for folder, folders, names in os.walk(cache):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in [*names, *(name for name in folders if Path(folder, name).is_symlink())]:

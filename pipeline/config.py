@@ -11,6 +11,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from cache_spec.address import CacheAddress
 from pipeline.encoding_config import EncodingConfig, EncodingName
 from pipeline.workers_config import WorkersConfig
 
@@ -96,8 +97,8 @@ class CaptureConfig(EncodingConfig, WorkersConfig):
 class TranscodeConfig(EncodingConfig):
     """Which cache to make from a richer one; what is not given is as in that one, or else the default."""
 
-    cache: Path
-    """Cache to start from."""
+    cache: CacheAddress
+    """Cache to start from: its folder, or its address in a store."""
     out: Path
     """Folder of the new cache."""
     encoding: EncodingName | None = None  # type: ignore[assignment]
