@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from cache_spec.store import home_folder, is_url
 
@@ -20,7 +20,8 @@ def as_address(value: str | Path) -> Path | str:
     return Path(value) if isinstance(value, str) and not is_url(value) else value
 
 
-CacheAddress = Annotated[Path | str, BeforeValidator(as_address)]
+# As text first: JSON has no paths, and a URL must not become one.
+CacheAddress = Annotated[str | Path, Field(union_mode="left_to_right"), AfterValidator(as_address)]
 """A cache's folder, or its URL in a store."""
 
 

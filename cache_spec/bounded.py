@@ -60,7 +60,9 @@ class BoundedFolder:
                     self._reserve(path, claim.handle, len(data))
                 with open(claim.handle, "wb", closefd=False) as file:
                     file.write(data)
-                return claim.publish()
+                # A folder that is listed while a name changes may show both names, or none.
+                with self._counting():
+                    return claim.publish()
 
     def read(self, path: Path, fetch: Callable[[], bytes]) -> bytes:
         """Content of a file, made like that of ``open``."""
@@ -79,15 +81,21 @@ class BoundedFolder:
             raise BadInputError(
                 "copy-too-small", path, expected=expected, found=f"{self.limit_bytes:,}", hint="raise --copy-gb"
             )
-        handle = os.open(self.root / _USED_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
+        with self._counting() as handle:
             text = os.pread(handle, 32, 0)
             used = int(text) if text.strip().isdigit() else self._make_room(None)
             if self.limit_bytes is not None and used + num_bytes > self.limit_bytes:
                 used = self._make_room(self.limit_bytes - num_bytes)
             os.pwrite(handle, f"{used + num_bytes:<31}\n".encode(), 0)
             os.ftruncate(temporary, num_bytes)
+
+    @contextmanager
+    def _counting(self) -> Iterator[int]:
+        """Hold the file that counts: whatever is counted appears, gets its name and goes under its lock alone."""
+        handle = os.open(self.root / _USED_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            yield handle
         finally:
             os.close(handle)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import subprocess
 import sys
 import threading
@@ -46,13 +47,12 @@ def kept(copies: CopySettings) -> list[Path]:
 
 
 def data_bytes(copies: CopySettings) -> int:
-    total = 0
-    for path in copies.copies.rglob("*c.*"):
-        try:
-            total += path.stat().st_size
-        except FileNotFoundError:
-            continue
-    return total
+    """On disk, temporary files too, at one moment: nothing appears or goes without this lock."""
+    if not (copies.copies / ".used").exists():
+        return 0
+    with open(copies.copies / ".used") as counted:
+        fcntl.flock(counted, fcntl.LOCK_SH)
+        return sum(path.stat().st_size for path in copies.copies.rglob("*c.*"))
 
 
 def bounded(copies: CopySettings, num_bytes: int) -> CopySettings:
