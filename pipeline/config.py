@@ -11,6 +11,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from cache_spec.address import CacheAddress
 from cache_spec.manifest import sha256_hex
 from cache_spec.store import home_folder, is_url
 from pipeline.encoding_config import EncodingConfig, EncodingName
@@ -120,8 +121,8 @@ class CaptureConfig(EncodingConfig, WorkersConfig):
 class TranscodeConfig(EncodingConfig):
     """Which cache to make from a richer one; what is not given is as in that one, or else the default."""
 
-    cache: Path
-    """Cache to start from."""
+    cache: CacheAddress
+    """Cache to start from: its folder, or its address in a store."""
     out: Path
     """Folder of the new cache."""
 
