@@ -135,7 +135,11 @@ class Campaign:
         try:
             # Beside the tasks of others, on all workers at once; one that dies meanwhile is no misfit.
             found = self._client.run(check_worker, self._ref, on_error="return", callback_timeout=self._timeout_s)
-        except (OSError, TimeoutError) as error:
+        except TimeoutError:
+            # One that is frozen holds up the answers of all; each process asks itself before its first task too.
+            self._progress.note("worker-silent", "a worker does not answer: going on without asking")
+            return
+        except OSError as error:
             raise self._scheduler_lost(first_line(error)) from None
         for address, problem in sorted(found.items()):
             if isinstance(problem, KdpipeError):
