@@ -62,8 +62,13 @@ class Seal(Record):
     """Digest over the bytes of all receipts in shard order."""
 
 
+def receipt_name(shard: int) -> str:
+    """Path of a shard's receipt inside the cache, with ``/`` between parts."""
+    return f"{RECEIPTS_FOLDER}/{shard:08d}.json"
+
+
 def receipt_path(cache: Path, shard: int) -> Path:
-    return cache / RECEIPTS_FOLDER / f"{shard:08d}.json"
+    return cache / receipt_name(shard)
 
 
 def read_manifest(cache: Path) -> Manifest:
@@ -78,12 +83,18 @@ def read_manifest(cache: Path) -> Manifest:
     return Manifest.from_json(data, path)
 
 
+def is_inside(name: str) -> bool:
+    """Whether a small file's name leads nowhere out of the cache, on any system."""
+    path = PurePosixPath(name)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and not set(name) & {"\\", "\0"}
+
+
 def small_file_errors(cache: Path, manifest: Manifest) -> Iterator[CacheError]:
     """What is wrong with the small files that the manifest lists: array metadata, tokenizer, teacher configuration."""
     for name, expected in sorted(manifest.files.items()):
-        path, parts = cache / name, PurePosixPath(name)
-        linked = path.is_symlink() or any((cache / above).is_symlink() for above in list(parts.parents)[:-1])
-        if parts.is_absolute() or ".." in parts.parts or "\\" in name or linked:
+        path = cache / name
+        above = [cache / folder for folder in list(PurePosixPath(name).parents)[:-1]]
+        if not is_inside(name) or any(part.is_symlink() for part in (path, *above)):
             yield CacheError("unsafe-path", name, expected="a plain file inside the cache")
             continue
         try:
@@ -95,10 +106,10 @@ def small_file_errors(cache: Path, manifest: Manifest) -> Iterator[CacheError]:
             yield CacheError("file-mismatch", path, expected=expected, found=digest)
 
 
-def _read_sealed(path: Path) -> str | None:
-    """The body of a sealed JSON file as JSON again; None if there is no file, CacheError if it cannot be read."""
+def _content(path: Path) -> bytes | None:
+    """Bytes of a file; None if there is none, CacheError if it cannot be read."""
     try:
-        return json.dumps(load_sealed(path.read_bytes(), path))
+        return path.read_bytes()
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -108,18 +119,21 @@ def _read_sealed(path: Path) -> str | None:
 def read_receipt(cache: Path, manifest: Manifest, shard: int) -> Receipt | None:
     """The receipt of a shard, checked against the manifest; None if there is none."""
     path = receipt_path(cache, shard)
-    body = _read_sealed(path)
-    if body is None:
-        return None
+    data = _content(path)
+    return None if data is None else parse_receipt(data, manifest, shard, path)
+
+
+def parse_receipt(data: bytes, manifest: Manifest, shard: int, place: object) -> Receipt:
+    """A receipt from its bytes, checked against the manifest and the shard that it is to be of."""
     try:
-        receipt = Receipt.model_validate_json(body)
+        receipt = Receipt.model_validate_json(json.dumps(load_sealed(data, place)))
     except ValidationError as error:
-        raise CacheError("bad-receipt", path, found=error.errors()[0]["msg"]) from None
+        raise CacheError("bad-receipt", place, found=error.errors()[0]["msg"]) from None
     first_block, num_blocks = manifest.blocks.shard_range(shard)
     expected = (manifest.fingerprint, shard, first_block, num_blocks, manifest.teacher.weights_sha256)
     found = (receipt.fingerprint, receipt.shard, receipt.first_block, receipt.num_blocks, receipt.teacher_sha256)
     if expected != found or set(receipt.files) != set(array_specs(manifest)):
-        raise CacheError("foreign-receipt", path, expected=f"shard {shard} of cache {manifest.fingerprint[:12]}")
+        raise CacheError("foreign-receipt", place, expected=f"shard {shard} of cache {manifest.fingerprint[:12]}")
     return receipt
 
 
@@ -133,15 +147,18 @@ def write_seal(cache: Path, manifest: Manifest) -> None:
 def read_seal(cache: Path, manifest: Manifest) -> Seal | None:
     """The seal of a finished cache, checked against the manifest; None if the cache is not finished."""
     path = cache / SEAL_NAME
-    body = _read_sealed(path)
-    if body is None:
-        return None
+    data = _content(path)
+    return None if data is None else parse_seal(data, manifest, path)
+
+
+def parse_seal(data: bytes, manifest: Manifest, place: object) -> Seal:
+    """A seal from its bytes, checked against the manifest."""
     try:
-        seal = Seal.model_validate_json(body)
+        seal = Seal.model_validate_json(json.dumps(load_sealed(data, place)))
     except ValidationError as error:
-        raise CacheError("bad-seal", path, found=error.errors()[0]["msg"]) from None
+        raise CacheError("bad-seal", place, found=error.errors()[0]["msg"]) from None
     if (seal.fingerprint, seal.num_shards) != (manifest.fingerprint, manifest.blocks.num_shards):
-        raise CacheError("bad-seal", path, expected=f"the seal of cache {manifest.fingerprint[:12]}")
+        raise CacheError("bad-seal", place, expected=f"the seal of cache {manifest.fingerprint[:12]}")
     return seal
 
 

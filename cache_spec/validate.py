@@ -25,13 +25,12 @@ from cache_spec.manifest import MANIFEST_NAME, Manifest, sha256_hex
 from cache_spec.masking import REPLACEMENTS, SELECTED, checked_masking, masking_errors
 from cache_spec.reader import ShardFile
 from cache_spec.receipts import (
-    RECEIPTS_FOLDER,
     SEAL_NAME,
     Receipt,
     read_manifest,
     read_receipt,
     read_seal,
-    receipt_path,
+    receipt_name,
     receipts_digest,
     small_file_errors,
     unfinished,
@@ -158,7 +157,7 @@ def _stray_files(cache: Path, manifest: Manifest) -> Iterator[Problem]:
     """Files that no rule accounts for; hidden ones (locks, leftovers of killed runs) are nobody's data."""
     blocks = manifest.blocks
     known = {MANIFEST_NAME, SEAL_NAME, *manifest.files, *table_paths(manifest)}
-    known |= {f"{RECEIPTS_FOLDER}/{receipt_path(cache, shard).name}" for shard in range(blocks.num_shards)}
+    known |= {receipt_name(shard) for shard in range(blocks.num_shards)}
     known |= {spec.shard_path(s) for spec in array_specs(manifest).values() for s in range(blocks.num_shards)}
     for folder, folders, names in os.walk(cache):
         folders[:] = [name for name in folders if not name.startswith(".")]
