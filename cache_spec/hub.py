@@ -1,7 +1,7 @@
 """Caches on the Hugging Face Hub, read at one commit.
 
 In: an address, ``hf://datasets/ORG/NAME[@REVISION][/FOLDER]``, and the Hub library's own settings (token, endpoint).
-Out: bytes by name, out of packs or plain files, and errors of ours: ``bad-url``, ``offline``, ``store-refused`` for
+Out: bytes by name, out of packs or plain files, and errors of ours: ``bad-url``, ``hub-offline``, ``store-refused`` for
 what lasts, ``store-failed`` for what may pass.
 """
 
@@ -83,7 +83,7 @@ def asking(place: str) -> Iterator[None]:
     try:
         yield
     except OfflineModeIsEnabled:
-        raise BadInputError("offline", place, hint="unset HF_HUB_OFFLINE to reach the Hub") from None
+        raise BadInputError("hub-offline", place, hint="unset HF_HUB_OFFLINE to reach the Hub") from None
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         hint = "check its name, and that a token (HF_TOKEN, or hf auth login) may use it"
         expected = "a dataset and revision that are there"

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import obstore
@@ -71,6 +72,11 @@ class ReadableStore(Protocol):
     def list(self, prefix: str = "") -> Iterator[Listed]:
         """Every object whose name begins with ``prefix``, a folder's name and a slash."""
         ...
+
+
+def home_folder() -> Path:
+    """What this program keeps for a user between runs lies below: ``$KDPIPE_HOME``, or ``~/.cache/kdpipe``."""
+    return Path(os.environ.get("KDPIPE_HOME") or "~/.cache/kdpipe").expanduser()
 
 
 def is_url(path: object) -> bool:
@@ -144,6 +150,15 @@ class ObjectStore:
                 return None
             meta = result.meta
             return bytes(result.bytes()), Version(meta["e_tag"], meta["version"])
+
+    def head(self, name: str) -> Version | None:
+        """What the store calls an object's present content; None if there is none."""
+        with self._asking(name):
+            try:
+                meta = obstore.head(self._objects, name)
+            except FileNotFoundError:  # of an answer without a body: a missing bucket looks the same
+                return None
+            return Version(meta["e_tag"], meta["version"])
 
     def get_many(self, names: Iterable[str]) -> Iterator[bytes | None]:
         """Contents of objects in the order of ``names``, many requests at once."""

@@ -96,27 +96,36 @@ def transcode(config: TranscodeConfig, dry_run: bool, as_json: bool) -> None:
 
 @click.command()
 @cache_argument
+@click.option("--shallow", is_flag=True, help="Look for missing and stray files alone: opens no file of a shard.")
 @click.option("--deep", is_flag=True, help="Also run the teacher again on a few random batches and compare.")
 @click.option("--teacher", metavar="TEXT", help="Where the teacher lies now, for --deep.  [default: the cache's name]")
 @click.option("--gguf-file", metavar="TEXT", help="GGUF file inside the teacher's folder, for --deep.")
 @click.option("--batches", type=click.IntRange(1), help="Batches to compare, for --deep.  [default: 4]")
 @as_json
 def verify(
-    cache: Path, deep: bool, teacher: str | None, gguf_file: str | None, batches: int | None, as_json: bool
+    cache: Path,
+    shallow: bool,
+    deep: bool,
+    teacher: str | None,
+    gguf_file: str | None,
+    batches: int | None,
+    as_json: bool,
 ) -> int:
     """Report every problem of a cache.
 
-    Reads every byte; exits with 3 if anything is wrong.
+    Reads every byte, unless --shallow; exits with 3 if anything is wrong.
     """
+    if shallow and deep:
+        raise click.UsageError("--shallow or --deep, not both")
     for flag, value in (("--teacher", teacher), ("--gguf-file", gguf_file), ("--batches", batches)):
         if value is not None and not deep:
             raise click.UsageError(f"{flag} needs --deep")
     from tqdm import tqdm
 
-    from cache_spec.validate import verify_cache
+    from cache_spec.validate import verify_cache, verify_names
 
     with tqdm(unit="shard", desc="verify", disable=as_json or None) as bar:
-        problems = verify_cache(cache, lambda shard: bar.update())
+        problems = verify_names(cache) if shallow else verify_cache(cache, lambda shard: bar.update())
     if deep and not problems:
         from pipeline.recompute import compare_with_teacher
 

@@ -18,6 +18,7 @@ from cache_spec.commit import PackedShard, publish_shard
 from cache_spec.durable import make_folder, publish_new, replace_file, sync_folder, writing
 from cache_spec.errors import CacheError, WouldLoseDataError
 from cache_spec.layout import array_specs
+from cache_spec.listing import whole_shards
 from cache_spec.manifest import MANIFEST_NAME, Manifest, differences, sha256_hex
 from cache_spec.reader import CacheReader
 from cache_spec.receipts import (
@@ -26,9 +27,8 @@ from cache_spec.receipts import (
     is_inside,
     parse_receipt,
     parse_seal,
-    receipt_name,
+    receipt_object,
     small_file_errors,
-    whole_shards,
 )
 from cache_spec.store import ReadableStore, open_store
 from cache_spec.tables import read_table, table_names
@@ -143,9 +143,9 @@ class _Pull:
         with tqdm(total=num_shards, unit="shard", desc="pull", disable=self.quiet or None) as bar:
             for shards in in_batches(range(num_shards), _RECEIPTS_AT_ONCE):
                 receipts: list[bytes] = []
-                for shard, data in zip(shards, self.store.get_many(map(receipt_name, shards)), strict=True):
+                for shard, data in zip(shards, self.store.get_many(map(receipt_object, shards)), strict=True):
                     if data is None:
-                        raise CacheError("unfinished-cache", self._place(receipt_name(shard)), expected="a receipt")
+                        raise CacheError("unfinished-cache", self._place(receipt_object(shard)), expected="a receipt")
                     digest.update(data)
                     receipts.append(data)
                 with ThreadPoolExecutor(_AT_ONCE) as pool:
@@ -157,7 +157,7 @@ class _Pull:
 
     def _shard(self, shard: int, data: bytes, is_whole: bool) -> int:
         """Bring one shard, unless it is there; bytes that were received for it."""
-        name = receipt_name(shard)
+        name = receipt_object(shard)
         receipt = parse_receipt(data, self.manifest, shard, self._place(name))
         if is_whole:
             if (self.out / name).read_bytes() != data:

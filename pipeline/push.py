@@ -14,14 +14,16 @@ from typing import Any
 
 from tqdm import tqdm
 
+from cache_spec.commit import PackedShard
 from cache_spec.errors import BadInputError, WouldLoseDataError
 from cache_spec.manifest import MANIFEST_NAME
-from cache_spec.receipts import SEAL_NAME, receipt_name
+from cache_spec.receipts import SEAL_NAME, receipt_object
 from cache_spec.store import ObjectStore
+from cache_spec.store_commit import is_claim, keeps_conditions, publish_to_store
 from pipeline.transfer import Finished, Item, in_batches, refuse_another
 
 _AT_ONCE = 4
-"""Shards that are sent at the same time, each holding one file in memory."""
+"""Shards that are sent at the same time, and are in memory."""
 _RECEIPTS_AT_ONCE = 256
 Sent = tuple[int, bool]
 """Size of an object, and whether it was sent or there."""
@@ -54,11 +56,15 @@ class _Push:
         self.cache, self.store, self.dry_run, self.quiet = cache, store, dry_run, quiet
         self.there: dict[str, int] = {}
         """Name to size of what the store holds."""
+        self.keeps_conditions = False
         self.counts = {"objects": 0, "bytes": 0, "sent_objects": 0, "sent_bytes": 0}
 
     def run(self) -> dict[str, Any]:
         has_manifest, has_seal = refuse_another(self.store, self.cache)
         self.there = {listed.name: listed.num_bytes for listed in self.store.list()}
+        # What is sealed has nothing to be claimed.
+        if not self.dry_run and not has_seal:
+            self.keeps_conditions = keeps_conditions(self.store)
         blocks = self.cache.manifest.blocks
         with tqdm(total=blocks.num_shards, unit="shard", desc="push", disable=self.quiet or None) as bar:
             for shards in in_batches(range(blocks.num_shards), _RECEIPTS_AT_ONCE):
@@ -80,23 +86,32 @@ class _Push:
         return {**facts, **self.counts, "dry_run": self.dry_run}
 
     def _receipts(self, shards: list[int]) -> Iterator[bytes | None]:
-        """What the store holds of these shards' receipts."""
-        names = [receipt_name(shard) for shard in shards]
+        """What the store holds of these shards' receipts; a claim is none."""
+        names = [receipt_object(shard) for shard in shards]
         known = [name for name in names if name in self.there]
         found = dict(zip(known, self.store.get_many(known), strict=True))
-        return iter([found.get(name) for name in names])
+        return iter([None if is_claim(data := found.get(name)) else data for name in names])
 
     def _shard(self, shard: int, receipt: bytes | None) -> list[Sent]:
         """Send what is missing of a shard, its receipt last."""
-        name, ours = receipt_name(shard), (self.cache.path / receipt_name(shard)).read_bytes()
+        name, ours = receipt_object(shard), (self.cache.path / receipt_object(shard)).read_bytes()
         if receipt is not None and receipt != ours:
             raise self._other(name)
-        # Files without a receipt may be another writer's; with it they are what it says.
-        there = self.there if receipt is not None else {}
-        sent = [self._put_missing(item, there) for item in self.cache.shard_items(shard)]
-        if receipt is None:
-            self._put_new(name, ours)
-        return [*sent, (len(ours), receipt is None)]
+        items = self.cache.shard_items(shard)
+        if receipt is not None:
+            return [*(self._put_missing(item, self.there) for item in items), (len(ours), False)]
+        if self.keeps_conditions:
+            # As a capture commits it, which may be writing here too.
+            files = {
+                name: b"".join(self.cache.pieces(item)) for name, item in zip(self.cache.specs, items, strict=True)
+            }
+            packed = PackedShard(self.cache.receipt(shard), files)
+            if publish_to_store(self.store, self.cache.manifest, packed) != packed.receipt:
+                raise self._other(name)
+            return [*((item.num_bytes, True) for item in items), (len(ours), True)]
+        sent = [self._put_missing(item, {}) for item in items]
+        self._put_new(name, ours)
+        return [*sent, (len(ours), True)]
 
     def _put_missing(self, item: Item, there: dict[str, int]) -> Sent:
         if there.get(item.name) == item.num_bytes:

@@ -16,7 +16,15 @@ from cache_spec.errors import CacheError, WouldLoseDataError
 from cache_spec.layout import ArraySpec
 from cache_spec.manifest import MANIFEST_NAME, Manifest, differences, sha256_hex
 from cache_spec.reader import CacheReader
-from cache_spec.receipts import SEAL_NAME, Receipt, parse_seal, read_receipt, receipt_name, receipts_digest, unfinished
+from cache_spec.receipts import (
+    SEAL_NAME,
+    Receipt,
+    parse_seal,
+    read_receipt,
+    receipt_object,
+    receipts_digest,
+    unfinished,
+)
 from cache_spec.store import ReadableStore
 from cache_spec.tables import table_paths
 
@@ -64,8 +72,8 @@ class Finished(NamedTuple):
 
     def receipt_item(self, shard: int) -> Item:
         """A shard's receipt as a file."""
-        data = (self.path / receipt_name(shard)).read_bytes()
-        return Item(receipt_name(shard), len(data), sha256_hex(data))
+        data = (self.path / receipt_object(shard)).read_bytes()
+        return Item(receipt_object(shard), len(data), sha256_hex(data))
 
     def shard_items(self, shard: int) -> list[Item]:
         """The files of a shard, its receipt apart."""

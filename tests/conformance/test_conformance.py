@@ -33,13 +33,15 @@ INVALID = VALID.with_name("invalid")
 MAX_CORPUS_BYTES = 400_000
 # Kinds that no cache on disk can cause, with the test that shows them.
 NOT_ABOUT_READING = {
-    "bad-packs": "tests/unit/test_packs.py",
-    "bad-url": "tests/unit/test_store.py",
     "cannot-write": "tests/unit/test_durable.py",
-    "offline": "tests/unit/test_push_hub.py",
     "no-dense-meaning": "tests/unit/test_targets_dense.py",
-    "store-failed": "tests/unit/test_store.py",
+    "bad-packs": "tests/unit/test_packs.py",
+    "hub-offline": "tests/unit/test_push_hub.py",
+    "bad-url": "tests/unit/test_store.py",
     "store-refused": "tests/unit/test_store.py",
+    "store-failed": "tests/unit/test_store.py",
+    "shard-taken": "tests/property/test_store_commit.py",
+    "no-conditions": "tests/integration/test_store_capture.py",
 }
 
 valid_cases = pytest.mark.parametrize("path", sorted(VALID.iterdir()), ids=lambda path: path.name)

@@ -15,7 +15,7 @@ from cache_spec.encodings.prototype import Prototype
 from cache_spec.errors import BadInputError, CacheError, WouldLoseDataError
 from cache_spec.manifest import MANIFEST_NAME, Manifest
 from cache_spec.receipts import SEAL_NAME
-from cache_spec.store import ObjectStore
+from cache_spec.store import ObjectStore, Version
 from pipeline.cli import run
 from pipeline.pull import pull
 from pipeline.push import push
@@ -94,7 +94,7 @@ def test_a_push_that_stops_leaves_no_cache_and_goes_on(
     assert len(expected) == NUM_FILES
     with monkeypatch.context() as stopped:
         one = failing_after(num_objects, lambda call, *given: call(*given))
-        for name in ("put", "put_new"):
+        for name in ("put", "put_new", "replace"):
             call = getattr(ObjectStore, name)
             stopped.setattr(ObjectStore, name, lambda *given, call=call: one(call, *given))
         with pytest.raises(KeyboardInterrupt):
@@ -204,6 +204,29 @@ def test_a_shard_that_another_writer_committed_is_not_replaced(cache: Path, url:
     with pytest.raises(WouldLoseDataError):
         push(cache, url, quiet=True)
     assert ObjectStore(url).get(MANIFEST_NAME) is None
+
+
+def test_a_store_without_conditions_is_written_all_the_same(
+    cache: Path, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def put_whatever_is_there(store: ObjectStore, name: str, data: bytes, seen: object = None) -> Version:
+        store.put(name, data)
+        return Version(None, None)
+
+    for name in ("put_new", "replace"):
+        monkeypatch.setattr(ObjectStore, name, put_whatever_is_there)
+    push(cache, url, quiet=True)
+    pull(url, tmp_path / "pulled", quiet=True)
+    assert contents(tmp_path / "pulled") == contents(cache)
+    assert {listed.name for listed in ObjectStore(url).list()} == set(contents(cache))
+
+
+def test_what_a_killed_capture_left_is_no_other_cache(cache: Path, url: str, tmp_path: Path) -> None:
+    ObjectStore(url).put("receipts/00000000.json", b'{"claim":"killed"}\n')
+    ObjectStore(url).put("head_gaps/c.0.0.0", b"other bytes")
+    push(cache, url, quiet=True)
+    pull(url, tmp_path / "pulled", quiet=True)
+    assert contents(tmp_path / "pulled") == contents(cache)
 
 
 def test_a_cache_that_is_not_whole_is_not_sent(cache: Path, url: str, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import pytest
 from cache_spec.errors import BadInputError, CacheError, KdpipeError, WouldLoseDataError
 from cache_spec.hub import HubAddress, HubStore
 from cache_spec.manifest import MANIFEST_NAME
-from cache_spec.receipts import SEAL_NAME, receipt_name
+from cache_spec.receipts import SEAL_NAME, receipt_object
 from cache_spec.store import open_store
 from pipeline import push_hub
 from pipeline.pull import pull
@@ -93,7 +93,7 @@ def test_a_store_is_one_commit_and_goes_to_other_processes(cache: Path, hub: Run
     again = pickle.loads(pickle.dumps(store))
     assert not hub.tell("requests")
     assert {listed.name: listed.num_bytes for listed in again.list()} == {n: len(data) for n, data in expected.items()}
-    assert [listed.name for listed in again.list("receipts/")] == [receipt_name(0), receipt_name(1)]
+    assert [listed.name for listed in again.list("receipts/")] == [receipt_object(0), receipt_object(1)]
     for name, data in expected.items():
         assert again.get(name) == data
     assert again.get("nothing") is None
@@ -264,5 +264,5 @@ def test_a_hub_that_is_not_reached_is_one_line(hub: RunningHub, monkeypatch: pyt
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(BadInputError) as offline:
         open_store("hf://datasets/lab/none")
-    assert offline.value.kind == "offline"
+    assert offline.value.kind == "hub-offline"
     assert "HF_HUB_OFFLINE" in str(offline.value)
