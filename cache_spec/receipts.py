@@ -93,12 +93,18 @@ def read_manifest(cache: Path) -> Manifest:
     return Manifest.from_json(data, path)
 
 
+def is_inside(name: str) -> bool:
+    """Whether a small file's name leads nowhere out of the cache, on any system."""
+    path = PurePosixPath(name)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and not set(name) & {"\\", "\0"}
+
+
 def small_file_errors(cache: Path, manifest: Manifest) -> Iterator[CacheError]:
     """What is wrong with the small files that the manifest lists: array metadata, tokenizer, teacher configuration."""
     for name, expected in sorted(manifest.files.items()):
-        path, parts = cache / name, PurePosixPath(name)
-        linked = path.is_symlink() or any((cache / above).is_symlink() for above in list(parts.parents)[:-1])
-        if parts.is_absolute() or ".." in parts.parts or "\\" in name or linked:
+        path = cache / name
+        above = [cache / folder for folder in list(PurePosixPath(name).parents)[:-1]]
+        if not is_inside(name) or any(part.is_symlink() for part in (path, *above)):
             yield CacheError("unsafe-path", name, expected="a plain file inside the cache")
             continue
         try:

@@ -103,9 +103,14 @@ def _grid(part: TablePart) -> list[int]:
     return [-(-size // chunk) for size, chunk in zip(part.shape, table_chunks(part), strict=True)]
 
 
+def table_names(manifest: Manifest) -> dict[str, list[str]]:
+    """Paths of the files that hold the values of each table of a cache."""
+    return {name: table_files(part) for name, part in _parts(manifest).items()}
+
+
 def table_paths(manifest: Manifest) -> list[str]:
     """Paths of the files that hold the values of all tables of a cache."""
-    return [path for part in _parts(manifest).values() for path in table_files(part)]
+    return [path for paths in table_names(manifest).values() for path in paths]
 
 
 def table_digests(tables: Mapping[str, Array]) -> dict[str, str]:

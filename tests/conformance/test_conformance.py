@@ -35,6 +35,8 @@ MAX_CORPUS_BYTES = 400_000
 NOT_ABOUT_READING = {
     "cannot-write": "tests/unit/test_durable.py",
     "no-dense-meaning": "tests/unit/test_targets_dense.py",
+    "bad-packs": "tests/unit/test_packs.py",
+    "hub-offline": "tests/unit/test_push_hub.py",
     "bad-url": "tests/unit/test_store.py",
     "store-refused": "tests/unit/test_store.py",
     "store-failed": "tests/unit/test_store.py",
