@@ -26,7 +26,7 @@ from cache_spec.layout import ArraySpec, array_specs, target_arrays
 from cache_spec.manifest import Manifest
 from cache_spec.masking import REPLACEMENTS, SELECTED, MaskedText, at_positions, checked_masking, masked_text
 from cache_spec.receipts import Receipt, read_manifest, read_receipt, read_seal, small_file_errors, unfinished
-from cache_spec.shardfile import decode_chunk, decode_index, index_bytes
+from cache_spec.shardfile import decode_chunk, decode_index, index_bytes, max_shard_bytes
 from cache_spec.tables import read_table
 from cache_spec.targets import Array, Targets
 
@@ -57,11 +57,11 @@ class ShardFile:
         self.path = cache / spec.shard_path(receipt.shard)
         self._place = str(self.path)
         try:
-            self._handle = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            self._handle = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError as error:
             raise CacheError("missing-shard", self.path, found=error.strerror) from None
         found, expected = os.fstat(self._handle).st_size, receipt.files[spec.name].num_bytes
-        if found != expected or found < index_bytes(spec):
+        if found != expected or not index_bytes(spec) <= found <= max_shard_bytes(spec):
             raise CacheError("truncated-shard", self.path, expected=f"{expected} bytes", found=found)
         tail = os.pread(self._handle, index_bytes(spec), found - index_bytes(spec))
         self._ranges = decode_index(spec, tail, found, receipt.num_blocks, self.path)

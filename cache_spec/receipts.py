@@ -18,6 +18,7 @@ from cache_spec.errors import CacheError
 from cache_spec.layout import array_specs
 from cache_spec.manifest import MANIFEST_NAME, Manifest, Sha256, load_sealed, seal_json, sha256_hex
 from cache_spec.record import Record
+from cache_spec.smallfile import MAX_RECEIPT_BYTES, read_small, small_file_digest
 
 SEAL_NAME = "seal.json"
 RECEIPTS_FOLDER = "receipts"
@@ -70,7 +71,7 @@ def read_manifest(cache: Path) -> Manifest:
     """The manifest of a cache folder; CacheError ``not-a-cache`` if there is none."""
     path = cache / MANIFEST_NAME
     try:
-        data = path.read_bytes()
+        data = read_small(path)
     except OSError as error:
         raise CacheError(
             "not-a-cache", cache, expected=f"a folder with {MANIFEST_NAME}", found=error.strerror
@@ -82,12 +83,12 @@ def small_file_errors(cache: Path, manifest: Manifest) -> Iterator[CacheError]:
     """What is wrong with the small files that the manifest lists: array metadata, tokenizer, teacher configuration."""
     for name, expected in sorted(manifest.files.items()):
         path, parts = cache / name, PurePosixPath(name)
-        linked = path.is_symlink() or any((cache / above).is_symlink() for above in list(parts.parents)[:-1])
-        if parts.is_absolute() or ".." in parts.parts or "\\" in name or linked:
-            yield CacheError("unsafe-path", name, expected="a plain file inside the cache")
-            continue
+        outside = parts.is_absolute() or ".." in parts.parts or "\\" in name or "\0" in name
         try:
-            digest = sha256_hex(path.read_bytes())
+            if outside or path.is_symlink() or any((cache / above).is_symlink() for above in list(parts.parents)[:-1]):
+                yield CacheError("unsafe-path", name, expected="a plain file inside the cache")
+                continue
+            digest = small_file_digest(path)
         except OSError as error:
             yield CacheError("missing-file", path, found=error.strerror)
             continue
@@ -98,7 +99,7 @@ def small_file_errors(cache: Path, manifest: Manifest) -> Iterator[CacheError]:
 def _read_sealed(path: Path) -> str | None:
     """The body of a sealed JSON file as JSON again; None if there is no file, CacheError if it cannot be read."""
     try:
-        return json.dumps(load_sealed(path.read_bytes(), path))
+        return json.dumps(load_sealed(read_small(path, MAX_RECEIPT_BYTES), path))
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -157,7 +158,17 @@ def receipts_digest(cache: Path, manifest: Manifest) -> str:
 
 def committed_shards(cache: Path, manifest: Manifest) -> list[int]:
     """Shards that have a receipt, ascending."""
-    return [s for s in range(manifest.blocks.num_shards) if receipt_path(cache, s).exists()]
+    # Listed, not tried one after the other: a manifest may claim any number of shards.
+    names = os.listdir(cache / RECEIPTS_FOLDER) if (cache / RECEIPTS_FOLDER).is_dir() else []
+    shards = (shard_of_receipt(name) for name in names)
+    return sorted(shard for shard in shards if shard is not None and shard < manifest.blocks.num_shards)
+
+
+def shard_of_receipt(name: str) -> int | None:
+    """Which shard's receipt a file's name is of; None for any other name."""
+    stem = name.removesuffix(".json")
+    is_number = stem.isascii() and stem.isdigit() and len(stem) < 20
+    return int(stem) if is_number and receipt_path(Path(), int(stem)).name == name else None
 
 
 def whole_shards(cache: Path, manifest: Manifest) -> set[int]:

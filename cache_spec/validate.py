@@ -28,14 +28,16 @@ from cache_spec.receipts import (
     RECEIPTS_FOLDER,
     SEAL_NAME,
     Receipt,
+    committed_shards,
     read_manifest,
     read_receipt,
     read_seal,
-    receipt_path,
     receipts_digest,
+    shard_of_receipt,
     small_file_errors,
     unfinished,
 )
+from cache_spec.smallfile import read_small
 from cache_spec.tables import read_table, table_paths
 from cache_spec.targets import Array
 
@@ -81,7 +83,7 @@ def verify_cache(cache: Path, on_shard: Callable[[int], object] = lambda shard: 
         problems += _stray_files(cache, manifest)
         tokens = hashlib.sha256()
         num_readable = num_tokens = 0
-        for shard in range(manifest.blocks.num_shards):
+        for shard in committed_shards(cache, manifest):
             read = check_shard(cache, manifest, shard)
             problems += read.problems
             if "input_ids" in read.arrays:
@@ -135,7 +137,7 @@ def _metadata_problems(cache: Path, manifest: Manifest) -> Iterator[Problem]:
             yield Problem("missing-file", str(path), "listed in the manifest", None)
             continue
         try:
-            content = path.read_bytes()
+            content = read_small(path)
             if path.is_symlink() or sha256_hex(content) != manifest.files[name]:
                 continue  # reported with the other small files
             same = _said(json.loads(content)) == _said(json.loads(data))
@@ -158,13 +160,23 @@ def _stray_files(cache: Path, manifest: Manifest) -> Iterator[Problem]:
     """Files that no rule accounts for; hidden ones (locks, leftovers of killed runs) are nobody's data."""
     blocks = manifest.blocks
     known = {MANIFEST_NAME, SEAL_NAME, *manifest.files, *table_paths(manifest)}
-    known |= {f"{RECEIPTS_FOLDER}/{receipt_path(cache, shard).name}" for shard in range(blocks.num_shards)}
-    known |= {spec.shard_path(s) for spec in array_specs(manifest).values() for s in range(blocks.num_shards)}
+    specs = array_specs(manifest)
+
+    def is_of_a_shard(path: str) -> bool:
+        folder, _, name = path.partition("/")
+        if folder == RECEIPTS_FOLDER:
+            shard = shard_of_receipt(name)
+        else:
+            number = name.split(".")[1] if folder in specs and name.startswith("c.") else ""
+            is_number = number.isascii() and number.isdigit() and len(number) < 20
+            shard = int(number) if is_number and specs[folder].shard_path(int(number)) == path else None
+        return shard is not None and shard < blocks.num_shards
+
     for folder, folders, names in os.walk(cache):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in [*names, *(name for name in folders if Path(folder, name).is_symlink())]:
             path = Path(folder, name).relative_to(cache).as_posix()
-            if path not in known and not name.startswith((TEMPORARY_PREFIX, ".")):
+            if path not in known and not is_of_a_shard(path) and not name.startswith((TEMPORARY_PREFIX, ".")):
                 yield Problem("unexpected-file", str(cache / path), "nothing here", None)
 
 
