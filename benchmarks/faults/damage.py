@@ -2,8 +2,8 @@
 
 In: how many, or all: every file cut at every 4 KiB, every page of 4 KiB zeroed, every two shards of an array exchanged,
 every file deleted. Out: counts. ``verify`` must find each; what a reader makes of it is counted too. A reader checks
-each chunk and the size of each file, not their digests: it takes whole shards that were exchanged at their word, if they
-are of one size.
+each chunk and the size of each file, not their digests: it takes whole shards that were exchanged at their word, if
+they are of one size.
 """
 
 from __future__ import annotations

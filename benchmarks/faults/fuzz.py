@@ -1,7 +1,7 @@
 """Manifests, receipts and seals that nobody wrote: small files of a whole cache, changed at random and read.
 
-In: how many, of caches of all encodings. Out: counts. Reading must end in a ``CacheError``, or well; half of the changes
-are of bytes, the other half of values within the JSON, sealed again so that they get past the digest.
+In: how many, of caches of all encodings. Out: counts. Reading must end in a ``CacheError``, or well; half of the
+changes are of bytes, the other half of values within the JSON, sealed again so that they get past the digest.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 In: how many, or all: the broken rules of ``tests/conformance/invalid`` and what is listed here. Out: counts. Each is
 verified and read in a process of its own. A case is wrong if neither refuses it and it holds other values than the
-cache that it was made from, if an error is not a typed one, if memory grows by 256 MB or if it takes 2 s of a processor.
+cache that it was made from, if an error is not a typed one, if memory grows by 256 MB or if it takes a processor 2 s.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A kill at each step of the commit of a shard: just before each call, and amid each write.
 
-In: how many kills, shared out over the steps. Out: counts by step. The steps are named after the calls of an undisturbed run; a process dies
-at its own call, and another one runs the same command.
+In: how many kills, shared out over the steps. Out: counts. The steps are named after the calls of an undisturbed run; a
+process dies at its own call, and another one runs the same command.
 """
 
 from __future__ import annotations
