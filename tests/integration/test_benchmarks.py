@@ -12,7 +12,6 @@ import pytest
 
 from benchmarks import faults_training, memory, quantisation, teacher
 from benchmarks.capture import __main__ as capture
-from benchmarks.faults import __main__ as faults
 from benchmarks.training import __main__ as training
 from cache_spec.encodings.topk import TopK
 from pipeline import cli
@@ -26,21 +25,6 @@ def run(module: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
     monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
     module.main()
     return json.loads(capsys.readouterr().out)
-
-
-@pytest.mark.slow
-def test_the_fault_campaign_counts_what_is_lost(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sizes = "--kills 1 --changes 6 --power-states 10 --power-resumes 1 --disk-errors 2 --races 2 --fuzzed 200"
-    report = run(faults, capsys, monkeypatch, *sizes.split(), "--tokens", 1024)
-    assert (report["kill"]["kills"], report["kill"]["different_after_resume"]) == (1, 0)
-    assert report["change"] == {"changes": 6, "detected": 6, "missed": []}
-    assert (report["power"]["wrong"], report["power"]["resumed"]) == (0, 1)
-    assert report["disk"]["wrong"] == 0
-    assert report["disk"]["refused"] > 0
-    assert (report["race"]["races"], report["race"]["wrong"]) == (2, 0)
-    assert (report["fuzz"]["inputs"], report["fuzz"]["untyped"]) == (200, 0)
 
 
 @pytest.mark.slow
