@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import faults_training, memory, quantisation, teacher
+from benchmarks import faults_training, memory, quantisation, stores, teacher
 from benchmarks.capture import __main__ as capture
 from benchmarks.training import __main__ as training
 from cache_spec.encodings.topk import TopK
@@ -116,3 +117,14 @@ def test_the_quick_start_of_the_readme_runs_as_it_stands(tmp_path: Path, monkeyp
     for program, *arguments in commands:
         assert program == "kdpipe"
         assert cli.run([part.replace("work/", f"{tmp_path}/") for part in arguments]) == 0
+
+
+def test_the_stores_benchmark_measures_each_library(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    report = run(stores, capsys, monkeypatch, "--large", 1, "--small", 2, "--listed", 3, "--rounds", 1)
+    assert set(report["obstore"]) == {f"{verb}_{size}_s" for verb in ("put", "get") for size in ("4_mib", "64_kib")} | {
+        "list_s"
+    }
+    assert all(seconds > 0 for seconds in report["obstore"].values())
