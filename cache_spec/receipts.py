@@ -62,13 +62,23 @@ class Seal(Record):
     receipts_sha256: str = Sha256
     """Digest over the bytes of all receipts in shard order."""
 
+    def to_json(self) -> bytes:
+        """Sealed, as it is stored."""
+        return seal_json(self.model_dump(mode="json"))
+
 
 def receipt_name(shard: int) -> str:
+    """Of the receipt, inside the folder of receipts."""
     return f"{shard:08d}.json"
 
 
 def receipt_path(cache: Path, shard: int) -> Path:
-    return cache / RECEIPTS_FOLDER / receipt_name(shard)
+    return cache / receipt_object(shard)
+
+
+def receipt_object(shard: int) -> str:
+    """Of the receipt, relative to the cache."""
+    return f"{RECEIPTS_FOLDER}/{receipt_name(shard)}"
 
 
 def read_manifest(cache: Path) -> Manifest:
@@ -100,10 +110,10 @@ def small_file_errors(cache: Path, manifest: Manifest) -> Iterator[CacheError]:
             yield CacheError("file-mismatch", path, expected=expected, found=digest)
 
 
-def _read_sealed(path: Path) -> str | None:
-    """The body of a sealed JSON file as JSON again; None if there is no file, CacheError if it cannot be read."""
+def _read(path: Path) -> bytes | None:
+    """Content of a sealed JSON file; None if there is no file, CacheError if it cannot be read."""
     try:
-        return json.dumps(load_sealed(path.read_bytes(), path))
+        return path.read_bytes()
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -138,41 +148,56 @@ class _Common(NamedTuple):
 
 def _read_receipt(cache: Path, manifest: Manifest, shard: int, common: _Common) -> Receipt | None:
     path = receipt_path(cache, shard)
-    body = _read_sealed(path)
-    if body is None:
-        return None
+    data = _read(path)
+    return None if data is None else _parsed(data, manifest, shard, path, common)
+
+
+def parse_receipt(data: bytes, manifest: Manifest, shard: int, place: object) -> Receipt:
+    """A receipt from its bytes, checked against the manifest; CacheError ``bad-receipt``, ``foreign-receipt``."""
+    return _parsed(data, manifest, shard, place, _Common.of(manifest))
+
+
+def _parsed(data: bytes, manifest: Manifest, shard: int, place: object, common: _Common) -> Receipt:
     try:
-        receipt = Receipt.model_validate_json(body)
+        receipt = Receipt.model_validate_json(json.dumps(load_sealed(data, place)))
     except ValidationError as error:
-        raise CacheError("bad-receipt", path, found=error.errors()[0]["msg"]) from None
+        raise CacheError("bad-receipt", place, found=error.errors()[0]["msg"]) from None
     first_block, num_blocks = manifest.blocks.shard_range(shard)
     expected = (common.fingerprint, shard, first_block, num_blocks, manifest.teacher.weights_sha256)
     found = (receipt.fingerprint, receipt.shard, receipt.first_block, receipt.num_blocks, receipt.teacher_sha256)
     if expected != found or receipt.files.keys() != common.arrays:
-        raise CacheError("foreign-receipt", path, expected=f"shard {shard} of cache {common.fingerprint[:12]}")
+        raise CacheError("foreign-receipt", place, expected=f"shard {shard} of cache {common.fingerprint[:12]}")
     return receipt
 
 
 def write_seal(cache: Path, manifest: Manifest) -> Seal:
     """Seal a cache whose shards all have receipts; CacheError ``unfinished-cache`` otherwise."""
-    digest = receipts_digest(cache, manifest)
-    seal = Seal(fingerprint=manifest.fingerprint, num_shards=manifest.blocks.num_shards, receipts_sha256=digest)
-    replace_file(cache / SEAL_NAME, seal_json(seal.model_dump(mode="json")))
+    seal = make_seal(manifest, receipts_digest(cache, manifest))
+    replace_file(cache / SEAL_NAME, seal.to_json())
     return seal
+
+
+def make_seal(manifest: Manifest, receipts_sha256: str) -> Seal:
+    """The seal of a cache whose receipts have this digest."""
+    num_shards = manifest.blocks.num_shards
+    return Seal(fingerprint=manifest.fingerprint, num_shards=num_shards, receipts_sha256=receipts_sha256)
 
 
 def read_seal(cache: Path, manifest: Manifest) -> Seal | None:
     """The seal of a finished cache, checked against the manifest; None if the cache is not finished."""
     path = cache / SEAL_NAME
-    body = _read_sealed(path)
-    if body is None:
-        return None
+    data = _read(path)
+    return None if data is None else parse_seal(data, manifest, path)
+
+
+def parse_seal(data: bytes, manifest: Manifest, place: object) -> Seal:
+    """A seal from its bytes, checked against the manifest; CacheError ``bad-seal``."""
     try:
-        seal = Seal.model_validate_json(body)
+        seal = Seal.model_validate_json(json.dumps(load_sealed(data, place)))
     except ValidationError as error:
-        raise CacheError("bad-seal", path, found=error.errors()[0]["msg"]) from None
+        raise CacheError("bad-seal", place, found=error.errors()[0]["msg"]) from None
     if (seal.fingerprint, seal.num_shards) != (manifest.fingerprint, manifest.blocks.num_shards):
-        raise CacheError("bad-seal", path, expected=f"the seal of cache {manifest.fingerprint[:12]}")
+        raise CacheError("bad-seal", place, expected=f"the seal of cache {manifest.fingerprint[:12]}")
     return seal
 
 

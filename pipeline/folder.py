@@ -177,10 +177,15 @@ def summary(cache: Path, manifest: Manifest, *, captured: int) -> dict[str, Any]
     """What a finished cache says for itself."""
     seal = read_seal(cache, manifest)
     assert seal is not None
-    sizes = _sealed_sizes(cache, manifest, seal)
-    bytes_on_disk = int(sizes.sum()) + sum((cache / path).stat().st_size for path in table_paths(manifest))
+    num_bytes = int(_sealed_sizes(cache, manifest, seal).sum())
+    num_bytes += sum((cache / path).stat().st_size for path in table_paths(manifest))
+    return counts(str(cache), manifest, num_bytes, captured=captured)
+
+
+def counts(name: str, manifest: Manifest, num_bytes: int, *, captured: int) -> dict[str, Any]:
+    """What is said of a finished cache called ``name``, whose values take ``num_bytes``."""
     return {
-        "cache": str(cache),
+        "cache": name,
         "fingerprint": manifest.fingerprint,
         "encoding": manifest.encoding.name,
         "documents": manifest.corpus.num_documents,
@@ -188,8 +193,8 @@ def summary(cache: Path, manifest: Manifest, *, captured: int) -> dict[str, Any]
         "blocks": manifest.blocks.num_blocks,
         "shards": manifest.blocks.num_shards,
         "shards_captured_now": captured,
-        "bytes": bytes_on_disk,
-        "bytes_per_token": round(bytes_on_disk / manifest.corpus.num_tokens, 2),
+        "bytes": num_bytes,
+        "bytes_per_token": round(num_bytes / manifest.corpus.num_tokens, 2),
     }
 
 

@@ -47,6 +47,8 @@ class Job:
 
     out: str
     """The cache's folder."""
+    store: str | None
+    """Address of the store that the shards go to; None where they go into the folder."""
     fingerprint: str
     """Of its manifest."""
     staged_key: str

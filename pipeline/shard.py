@@ -9,12 +9,11 @@ Legend of axes: B blocks, T tokens, W windows, D teacher width.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from cache_spec.commit import commit_shard
+from cache_spec.commit import pack_shard
 from cache_spec.encodings.hidden import encode_int8
 from cache_spec.manifest import HiddenInfo, Manifest
 from cache_spec.masking import REPLACEMENTS, SELECTED, MaskedText
@@ -25,6 +24,7 @@ from pipeline.encoders import make_encoder
 from pipeline.encoders.spectrum import Encoder
 from pipeline.masking import Masker, Masks
 from pipeline.overlap import overlapped
+from pipeline.place import Place
 from pipeline.streams import Event, on_stream, recorded, side_stream
 from pipeline.targets import encode_batch
 from pipeline.teacher import OutputHead, States, Teacher
@@ -36,7 +36,7 @@ def encoder_of(manifest: Manifest, tables: Mapping[str, Array], device: torch.de
 
 
 def capture_shards(
-    cache: Path,
+    place: Place,
     manifest: Manifest,
     staged: StagedBlocks,
     teacher: Teacher,
@@ -58,7 +58,7 @@ def capture_shards(
 
     def committed(made: tuple[int, dict[str, Array]]) -> Receipt:
         try:
-            return commit_shard(cache, manifest, *made)
+            return place.publish(manifest, pack_shard(manifest, *made))
         except BaseException as error:
             failed.append(error)
             raise

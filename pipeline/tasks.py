@@ -15,15 +15,16 @@ from typing import Any
 import torch
 from dask.distributed import get_worker
 
-from cache_spec.commit import commit_shard
+from cache_spec.commit import pack_shard
 from cache_spec.errors import BadInputError, KdpipeError
 from cache_spec.manifest import Manifest
-from cache_spec.receipts import read_manifest, read_receipt
+from cache_spec.receipts import read_manifest
 from pipeline.blocks import StagedBlocks, open_staged
 from pipeline.encoders.spectrum import Encoder
 from pipeline.failures import as_failure
 from pipeline.folder import STAGING_NAME, read_tables
 from pipeline.job import Committed, Job, JobRef, check_worker, missing_weights, read_job, worker_place
+from pipeline.place import Place, place_of
 from pipeline.shard import encoder_of, shard_arrays
 from pipeline.teacher import Teacher, load_teacher
 from pipeline.teacher_files import TeacherFiles, resolve_teacher
@@ -37,6 +38,7 @@ class _Prepared:
     """A job as this process holds it."""
 
     job: Job
+    place: Place
     manifest: Manifest
     staged: StagedBlocks
     teacher: Teacher
@@ -55,18 +57,18 @@ def capture_task(ref: JobRef, shard: int) -> Committed:
     Every failure is raised as an error of ours, so that the client can read it whatever is installed there.
     """
     worker = get_worker()
-    place = f"shard {shard}: {worker_place(worker)}"
+    where = f"shard {shard}: {worker_place(worker)}"
     try:
         with _lock:  # a teacher reads one batch at a time; a worker's second thread commits the shard before
             prepared = _prepare(ref, worker)
-            out, manifest = Path(prepared.job.out), prepared.manifest
-            receipt = read_receipt(out, manifest, shard)
+            manifest, place = prepared.manifest, prepared.place
+            receipt = place.receipt(manifest, shard)
             if receipt is None:
                 if prepared.job.num_threads is not None:
                     torch.set_num_threads(prepared.job.num_threads)
                 arrays = shard_arrays(manifest, prepared.staged, prepared.teacher, prepared.encoder, shard)
         if receipt is None:
-            receipt = commit_shard(out, manifest, shard, arrays)
+            receipt = place.publish(manifest, pack_shard(manifest, shard, arrays))
     except BadInputError as error:
         cause = error.__cause__
         if error.kind != "cannot-write" or not isinstance(cause, OSError) or cause.errno in _LASTING:
@@ -75,8 +77,8 @@ def capture_task(ref: JobRef, shard: int) -> Committed:
     except KdpipeError:
         raise
     except Exception as error:
-        failure = as_failure(error, place)
-        raise failure or KdpipeError("worker-failed", place, found=repr(error)[:1000]) from None
+        failure = as_failure(error, where)
+        raise failure or KdpipeError("worker-failed", where, found=repr(error)[:1000]) from None
     return Committed(receipt.num_blocks * manifest.blocks.block_tokens, receipt.num_bytes)
 
 
@@ -94,7 +96,7 @@ def _prepare(ref: JobRef, worker: Any) -> _Prepared:
         teacher = _teacher(job, worker)
         encoder = encoder_of(manifest, read_tables(out, manifest), teacher.device)
         staged = open_staged(out / STAGING_NAME, job.staged_key)
-        _prepared[ref.sha256] = _Prepared(job, manifest, staged, teacher, encoder)
+        _prepared[ref.sha256] = _Prepared(job, place_of(out, job.store), manifest, staged, teacher, encoder)
     return _prepared[ref.sha256]
 
 

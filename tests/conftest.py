@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Iterator
 from typing import Any
 
 import hypothesis
 import pytest
+
+from tests.object_stores import RunningS3, running_s3
 
 # How long an example takes says more of the machine than of the code.
 hypothesis.settings.register_profile("kdpipe", deadline=None)
@@ -30,3 +33,17 @@ def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
         connect(self, address)
 
     monkeypatch.setattr(socket.socket, "connect", guarded)
+
+
+@pytest.fixture(scope="session")
+def _s3_server() -> Iterator[RunningS3]:
+    with running_s3() as server:
+        yield server
+
+
+@pytest.fixture
+def s3(_s3_server: RunningS3, monkeypatch: pytest.MonkeyPatch) -> RunningS3:
+    """An S3 server that all tests share, each below a prefix of its own, and the environment that leads to it."""
+    for name, value in _s3_server.environment.items():
+        monkeypatch.setenv(name, value)
+    return _s3_server

@@ -19,6 +19,7 @@ import torch
 from benchmarks.capture.captures import Begun, begin
 from cache_spec.commit import commit_shard
 from pipeline import folder
+from pipeline.place import InFolder
 from pipeline.shard import batches, capture_shards, encode_hidden, encoder_of, joined, read_blocks
 
 
@@ -76,7 +77,7 @@ def measure(
 def _capture(begun: Begun, shards: list[int]) -> None:
     run, manifest, out = begun.run, begun.manifest, begun.config.out
     encoder = encoder_of(manifest, folder.read_tables(out, manifest), run.teacher.device)
-    for _ in capture_shards(out, manifest, run.staged, run.teacher, encoder, shards):
+    for _ in capture_shards(InFolder(out), manifest, run.staged, run.teacher, encoder, shards):
         pass
 
 

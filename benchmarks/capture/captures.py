@@ -12,6 +12,7 @@ from cache_spec.manifest import Manifest
 from pipeline import folder
 from pipeline.capture import Run, stage
 from pipeline.config import CaptureConfig
+from pipeline.place import InFolder
 from pipeline.source import resolve_source
 
 
@@ -33,5 +34,5 @@ def begin(teacher: Path, out: Path, **settings: Any) -> Begun:
         **settings,
     )
     source = resolve_source(config)
-    run = Run(source, stage(source, quiet=True), True, False)
+    run = Run(source, InFolder(out), stage(source, quiet=True), True, False)
     return Begun(config, run, folder.create(out, *run.start()))

@@ -18,7 +18,7 @@ from unittest import mock
 
 from benchmarks.faults.kills import digests
 from benchmarks.faults.recorded import POLICIES, Recording, State, recording, state_after
-from cache_spec.commit import commit_shard
+from cache_spec.commit import publish_shard
 from cache_spec.errors import KdpipeError
 from cache_spec.manifest import MANIFEST_NAME
 from cache_spec.receipts import committed_shards, read_manifest
@@ -66,12 +66,12 @@ def power_campaign(
 def _saying(record: Recording) -> Iterator[None]:
     """Note each shard as acknowledged when its commit returns."""
 
-    def commit(cache: Path, manifest: Any, shard: int, arrays: Any) -> Any:
-        receipt = commit_shard(cache, manifest, shard, arrays)
-        record.says(shard)
+    def publish(cache: Path, manifest: Any, packed: Any) -> Any:
+        receipt = publish_shard(cache, manifest, packed)
+        record.says(receipt.shard)
         return receipt
 
-    with mock.patch("pipeline.shard.commit_shard", commit):
+    with mock.patch("pipeline.place.publish_shard", publish):
         yield
 
 

@@ -123,7 +123,8 @@ def test_workers_that_lack_something_are_refused_by_name(
     cluster: RunningCluster, clean: CaptureConfig, tmp_path: Path
 ) -> None:
     job = Job(
-        out=str(tmp_path), fingerprint="0" * 64, staged_key="0" * 64, teacher="t", teacher_folder=clean.teacher,
+        out=str(tmp_path), store=None,
+        fingerprint="0" * 64, staged_key="0" * 64, teacher="t", teacher_folder=clean.teacher,
         weight_files=("model.safetensors",), gguf_file=None, revision=None, weights_sha256="0" * 64, device="cpu",
         spread=False,
         dtype="float32", num_threads=1, versions=versions(),

@@ -103,18 +103,18 @@ def test_every_token_of_every_document_is_there_once(config: CaptureConfig) -> N
 
 def test_a_stopped_capture_resumes_to_the_same_bytes(config: CaptureConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     capture(config)
-    real = commit.commit_shard
+    real = commit.publish_shard
 
-    def stops(cache: Path, manifest: Any, shard: int, rows: Any) -> Any:
-        if shard == 2:
+    def stops(cache: Path, manifest: Any, packed: Any) -> Any:
+        if packed.receipt.shard == 2:
             raise KeyboardInterrupt
-        return real(cache, manifest, shard, rows)
+        return real(cache, manifest, packed)
 
     again = changed(config, out=config.out.with_name("again"))
-    monkeypatch.setattr("pipeline.shard.commit_shard", stops)
+    monkeypatch.setattr("pipeline.place.publish_shard", stops)
     with pytest.raises(KeyboardInterrupt):
         capture(again)
-    monkeypatch.setattr("pipeline.shard.commit_shard", real)
+    monkeypatch.setattr("pipeline.place.publish_shard", real)
     assert committed_shards(again.out, inspect_manifest(again)) == [0, 1]
     assert capture(again)["shards_captured_now"] == inspect_manifest(again).blocks.num_shards - 2
     assert contents(again.out) == contents(config.out)
@@ -141,7 +141,7 @@ def inspect_manifest(config: CaptureConfig) -> Any:
 def test_a_workers_failure_reaches_the_user_and_spares_the_rest(config: CaptureConfig) -> None:
     poison(Path(config.teacher))
     with pytest.raises(BadInputError, match="non-finite-logits: block 0"):
-        capture(changed(config, workers=2))
+        capture(changed(config, workers=1))
 
 
 def test_a_finished_capture_is_left_alone_without_loading_the_teacher(
@@ -256,19 +256,19 @@ def test_the_teacher_reads_the_next_shard_while_the_last_is_committed(
 ) -> None:
     capture(config)
     again = changed(config, out=config.out.with_name("again"))
-    num_batches, real = threading.Semaphore(0), commit.commit_shard
+    num_batches, real = threading.Semaphore(0), commit.publish_shard
     of_a_shard = len(shard.batches(inspect_manifest(config), 0))
 
     def read(_progress: Progress, _num_tokens: int) -> None:
         num_batches.release()
 
-    def watched(cache: Path, manifest: Any, number: int, arrays: Any) -> Any:
-        if number == 0:  # every batch of this shard, and one of the next
+    def watched(cache: Path, manifest: Any, packed: Any) -> Any:
+        if packed.receipt.shard == 0:  # every batch of this shard, and one of the next
             assert all(num_batches.acquire(timeout=60) for _ in range(of_a_shard + 1))
-        return real(cache, manifest, number, arrays)
+        return real(cache, manifest, packed)
 
     monkeypatch.setattr(Progress, "read", read)
-    monkeypatch.setattr(shard, "commit_shard", watched)
+    monkeypatch.setattr("pipeline.place.publish_shard", watched)
     capture(again)
     assert contents(again.out) == contents(config.out)
 
@@ -292,7 +292,7 @@ def test_a_shard_that_cannot_be_committed_stops_the_teacher_at_its_next_batch(
             time.sleep(0.05)  # for the thread that failed to say so
 
     of_a_shard = -(-config.shard_blocks // config.batch_blocks)
-    monkeypatch.setattr(shard, "commit_shard", broken)
+    monkeypatch.setattr("pipeline.place.publish_shard", broken)
     monkeypatch.setattr(Progress, "read", count)
     with pytest.raises(OSError, match="broken"):
         capture(config)

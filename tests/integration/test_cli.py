@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from cache_spec.commit import commit_shard
+from cache_spec.commit import pack_shard
 from pipeline import cli, settings
 from pipeline.config import CaptureConfig, TranscodeConfig
 from tests.models import make_folder, write_words
@@ -311,7 +311,7 @@ def test_inspect_says_nothing_of_means_that_are_not_there(
     def full(*args: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pipeline.shard.commit_shard", full)
+    monkeypatch.setattr("pipeline.place.publish_shard", full)
     flags = ["--teacher", teacher, "--text", text, "--out", tmp_path / "cache", *SMALL]
     assert kdpipe(capsys, "cache-teacher", *flags)[0] == 130
     code, out, err = kdpipe(capsys, "inspect", tmp_path / "cache", "--json")
@@ -336,11 +336,11 @@ def test_inspect_survives_a_loss_whose_exponential_overflows(
     loss: float,
     perplexity: str | None,
 ) -> None:
-    def lossy(cache: Path, manifest: Any, shard: int, rows: Any) -> Any:
+    def lossy(manifest: Any, shard: int, rows: Any) -> Any:
         rows["block_loss"][:] = loss
-        return commit_shard(cache, manifest, shard, rows)
+        return pack_shard(manifest, shard, rows)
 
-    monkeypatch.setattr("pipeline.shard.commit_shard", lossy)
+    monkeypatch.setattr("pipeline.shard.pack_shard", lossy)
     flags = ["--teacher", teacher, "--text", text, "--out", tmp_path / "cache", *SMALL, "--json"]
     assert kdpipe(capsys, "cache-teacher", *flags)[0] == 0
     code, out, err = kdpipe(capsys, "inspect", tmp_path / "cache", "--json")

@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 
-from cache_spec.commit import commit_shard
+from cache_spec.commit import publish_shard
 from cache_spec.errors import WouldLoseDataError
 from cache_spec.layout import array_specs
 from cache_spec.reader import CacheReader
@@ -172,8 +172,8 @@ def test_a_run_that_was_cut_short_ends_with_the_same_arrays(tmp_path: Path, monk
         done.append(1)
         return original(*args, **kwargs)
 
-    original = commit_shard
-    monkeypatch.setattr("pipeline.shard.commit_shard", interrupt)
+    original = publish_shard
+    monkeypatch.setattr("pipeline.place.publish_shard", interrupt)
     again = config.model_copy(update={"out": tmp_path / "again"})
     with pytest.raises(KeyboardInterrupt):
         capture(again)
