@@ -67,6 +67,7 @@ def capture_on_workers(
         revision=files.revision,
         weights_sha256=manifest.teacher.weights_sha256,
         device=manifest.compute.device_type if device == "auto" else device,
+        spread=config.spread,
         dtype=manifest.compute.dtype,
         num_threads=local_threads(config),
         versions=versions(),
