@@ -1,5 +1,6 @@
 # Two commands do everything: 'make demo' and 'make test'. Both set up .venv first.
 PYTHON ?= python3
+TEST_PROCESSES ?= 2
 BIN := .venv/bin
 READY := .venv/.ready
 
@@ -9,7 +10,7 @@ demo: $(READY)
 	$(BIN)/kdpipe demo
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
 
 check: lint types test
 

@@ -119,23 +119,24 @@ def run_case(options: argparse.Namespace) -> dict[str, float | int]:
     return {"beyond_head_gradient_mb": round((added - head_bytes) / 1e6, 1), "seconds": round(seconds, 3)}
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rows", type=int, default=2048)
     parser.add_argument("--vocab", type=int, default=50257)
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--chunk-rows", type=int, help="default: the distiller's")
     parser.add_argument("--cases", nargs="+", choices=[*CASES, "naive"], default=[*CASES, "naive"])
+    parser.add_argument("--temperatures", nargs="+", type=float, default=[1.0, 2.0])
     parser.add_argument("--case", help=argparse.SUPPRESS)
     parser.add_argument("--temperature", type=float, default=1.0, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     options.chunk_rows = options.chunk_rows or default_chunk_rows(options.vocab, torch.device("cpu"))
     if options.case is not None:
         print(json.dumps(run_case(options)))
         return
     figures: dict[str, dict[str, float | int]] = {}
     for case in options.cases:
-        for temperature in (1.0, 2.0):
+        for temperature in options.temperatures:
             command = [sys.executable, "-m", "benchmarks.loss_memory", "--case", case]
             command += ["--temperature", str(temperature)]
             command += ["--rows", str(options.rows), "--vocab", str(options.vocab), "--width", str(options.width)]

@@ -115,6 +115,6 @@ def remove_leftovers(folders: Iterable[Path]) -> None:
     """Delete temporary files that a killed run left in ``folders``; folders inside them are not entered."""
     for folder in folders:
         with writing(folder):
-            for leftover in folder.glob(f"{TEMPORARY_PREFIX}*"):
-                if leftover.is_file():
-                    leftover.unlink(missing_ok=True)
+            for name in os.listdir(folder) if folder.is_dir() else ():
+                if name.startswith(TEMPORARY_PREFIX) and (folder / name).is_file():
+                    (folder / name).unlink(missing_ok=True)

@@ -65,7 +65,11 @@ class ArraySpec:
 
     def shard_path(self, shard: int) -> str:
         """Path of a shard's file inside the cache, with ``/`` between parts."""
-        return f"{self.name}/c." + ".".join([str(shard), *["0"] * len(self.row_shape)])
+        return f"{self.name}/{self.shard_name(shard)}"
+
+    def shard_name(self, shard: int) -> str:
+        """Name of a shard's file in the array's folder."""
+        return f"c.{shard}{'.0' * len(self.row_shape)}"
 
 
 def array_specs(manifest: Manifest) -> dict[str, ArraySpec]:

@@ -18,7 +18,7 @@ from cache_spec.bounded import BoundedFolder
 from cache_spec.errors import CacheError
 from cache_spec.layout import ArraySpec
 from cache_spec.manifest import MANIFEST_NAME, Manifest, sha256_hex
-from cache_spec.receipts import SEAL_NAME, Receipt, parse_receipt, parse_seal, receipt_name, small_file_errors
+from cache_spec.receipts import SEAL_NAME, Receipt, parse_receipt, parse_seal, receipt_object, small_file_errors
 from cache_spec.store import ReadableStore, open_store
 from cache_spec.tables import read_table, table_paths
 from cache_spec.targets import Array
@@ -57,7 +57,7 @@ class LocalCopy:
 
     def receipt(self, shard: int) -> Receipt:
         """The receipt of a shard."""
-        name = receipt_name(shard)
+        name = receipt_object(shard)
 
         def parsed(data: bytes) -> Receipt:
             return parse_receipt(data, self.manifest, shard, f"{self.url}/{name}")

@@ -6,21 +6,25 @@ A shard without a receipt does not exist; a cache without a seal is not finished
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 from pydantic import Field, ValidationError
 
 from cache_spec.durable import replace_file
 from cache_spec.errors import CacheError
 from cache_spec.layout import array_specs
-from cache_spec.manifest import MANIFEST_NAME, Manifest, Sha256, load_sealed, seal_json, sha256_hex
+from cache_spec.manifest import MANIFEST_NAME, Manifest, Sha256, load_sealed, seal_json
 from cache_spec.record import Record
+from cache_spec.smallfile import MAX_RECEIPT_BYTES, read_small, small_file_digest
 
 SEAL_NAME = "seal.json"
 RECEIPTS_FOLDER = "receipts"
+_MOST_UNSEEN_SHARDS = 200_000
 
 
 class FileReceipt(Record):
@@ -61,21 +65,30 @@ class Seal(Record):
     receipts_sha256: str = Sha256
     """Digest over the bytes of all receipts in shard order."""
 
+    def to_json(self) -> bytes:
+        """Sealed, as it is stored."""
+        return seal_json(self.model_dump(mode="json"))
+
 
 def receipt_name(shard: int) -> str:
-    """Of the receipt, relative to the cache."""
-    return f"{RECEIPTS_FOLDER}/{shard:08d}.json"
+    """Of the receipt, inside the folder of receipts."""
+    return f"{shard:08d}.json"
 
 
 def receipt_path(cache: Path, shard: int) -> Path:
-    return cache / receipt_name(shard)
+    return cache / receipt_object(shard)
+
+
+def receipt_object(shard: int) -> str:
+    """Of the receipt, relative to the cache."""
+    return f"{RECEIPTS_FOLDER}/{receipt_name(shard)}"
 
 
 def read_manifest(cache: Path) -> Manifest:
     """The manifest of a cache folder; CacheError ``not-a-cache`` if there is none."""
     path = cache / MANIFEST_NAME
     try:
-        data = path.read_bytes()
+        data = read_small(path)
     except OSError as error:
         raise CacheError(
             "not-a-cache", cache, expected=f"a folder with {MANIFEST_NAME}", found=error.strerror
@@ -83,16 +96,22 @@ def read_manifest(cache: Path) -> Manifest:
     return Manifest.from_json(data, path)
 
 
+def is_inside(name: str) -> bool:
+    """Whether a small file's name leads nowhere out of the cache, on any system."""
+    path = PurePosixPath(name)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and not set(name) & {"\\", "\0"}
+
+
 def small_file_errors(cache: Path, manifest: Manifest) -> Iterator[CacheError]:
     """What is wrong with the small files that the manifest lists: array metadata, tokenizer, teacher configuration."""
     for name, expected in sorted(manifest.files.items()):
-        path, parts = cache / name, PurePosixPath(name)
-        linked = path.is_symlink() or any((cache / above).is_symlink() for above in list(parts.parents)[:-1])
-        if parts.is_absolute() or ".." in parts.parts or "\\" in name or linked:
-            yield CacheError("unsafe-path", name, expected="a plain file inside the cache")
-            continue
+        path = cache / name
         try:
-            digest = sha256_hex(path.read_bytes())
+            above = [cache / folder for folder in list(PurePosixPath(name).parents)[:-1]]
+            if not is_inside(name) or any(part.is_symlink() for part in (path, *above)):
+                yield CacheError("unsafe-path", name, expected="a plain file inside the cache")
+                continue
+            digest = small_file_digest(path)
         except OSError as error:
             yield CacheError("missing-file", path, found=error.strerror)
             continue
@@ -103,7 +122,7 @@ def small_file_errors(cache: Path, manifest: Manifest) -> Iterator[CacheError]:
 def _read(path: Path) -> bytes | None:
     """Content of a sealed JSON file; None if there is no file, CacheError if it cannot be read."""
     try:
-        return path.read_bytes()
+        return read_small(path, MAX_RECEIPT_BYTES)
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -112,35 +131,65 @@ def _read(path: Path) -> bytes | None:
 
 def read_receipt(cache: Path, manifest: Manifest, shard: int) -> Receipt | None:
     """The receipt of a shard, checked against the manifest; None if there is none."""
+    return _read_receipt(cache, manifest, shard, _Common.of(manifest))
+
+
+def read_receipts(cache: Path, manifest: Manifest) -> Iterator[tuple[int, Receipt | None]]:
+    """Every shard with its receipt; None if there is none, or none that can be used."""
+    common = _Common.of(manifest)
+    for shard in range(manifest.blocks.num_shards):
+        try:
+            yield shard, _read_receipt(cache, manifest, shard, common)
+        except CacheError:
+            yield shard, None
+
+
+class _Common(NamedTuple):
+    """What all receipts of a cache say alike, made once: it takes as long as reading one."""
+
+    fingerprint: str
+    arrays: frozenset[str]
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> _Common:
+        return cls(manifest.fingerprint, frozenset(array_specs(manifest)))
+
+
+def _read_receipt(cache: Path, manifest: Manifest, shard: int, common: _Common) -> Receipt | None:
     path = receipt_path(cache, shard)
     data = _read(path)
-    return None if data is None else parse_receipt(data, manifest, shard, path)
+    return None if data is None else _parsed(data, manifest, shard, path, common)
 
 
 def parse_receipt(data: bytes, manifest: Manifest, shard: int, place: object) -> Receipt:
     """A receipt from its bytes, checked against the manifest; CacheError ``bad-receipt``, ``foreign-receipt``."""
+    return _parsed(data, manifest, shard, place, _Common.of(manifest))
+
+
+def _parsed(data: bytes, manifest: Manifest, shard: int, place: object, common: _Common) -> Receipt:
     try:
         receipt = Receipt.model_validate_json(json.dumps(load_sealed(data, place)))
     except ValidationError as error:
         raise CacheError("bad-receipt", place, found=error.errors()[0]["msg"]) from None
     first_block, num_blocks = manifest.blocks.shard_range(shard)
-    expected = (manifest.fingerprint, shard, first_block, num_blocks, manifest.teacher.weights_sha256)
+    expected = (common.fingerprint, shard, first_block, num_blocks, manifest.teacher.weights_sha256)
     found = (receipt.fingerprint, receipt.shard, receipt.first_block, receipt.num_blocks, receipt.teacher_sha256)
-    if expected != found or set(receipt.files) != set(array_specs(manifest)):
-        raise CacheError("foreign-receipt", place, expected=f"shard {shard} of cache {manifest.fingerprint[:12]}")
+    if expected != found or receipt.files.keys() != common.arrays:
+        raise CacheError("foreign-receipt", place, expected=f"shard {shard} of cache {common.fingerprint[:12]}")
     return receipt
 
 
-def write_seal(cache: Path, manifest: Manifest) -> None:
+def write_seal(cache: Path, manifest: Manifest) -> Seal:
     """Seal a cache whose shards all have receipts; CacheError ``unfinished-cache`` otherwise."""
-    replace_file(cache / SEAL_NAME, seal_bytes(manifest, receipts_digest(cache, manifest)))
+    seal = make_seal(manifest, receipts_digest(cache, manifest))
+    replace_file(cache / SEAL_NAME, seal.to_json())
+    return seal
 
 
-def seal_bytes(manifest: Manifest, receipts_sha256: str) -> bytes:
-    """The seal of a cache whose receipts have this digest, as it is stored."""
+def make_seal(manifest: Manifest, receipts_sha256: str) -> Seal:
+    """The seal of a cache whose receipts have this digest."""
     num_shards = manifest.blocks.num_shards
-    seal = Seal(fingerprint=manifest.fingerprint, num_shards=num_shards, receipts_sha256=receipts_sha256)
-    return seal_json(seal.model_dump(mode="json"))
+    return Seal(fingerprint=manifest.fingerprint, num_shards=num_shards, receipts_sha256=receipts_sha256)
 
 
 def read_seal(cache: Path, manifest: Manifest) -> Seal | None:
@@ -163,12 +212,12 @@ def parse_seal(data: bytes, manifest: Manifest, place: object) -> Seal:
 
 def receipts_digest(cache: Path, manifest: Manifest) -> str:
     """Digest over all receipts in shard order."""
-    parts = []
+    digest, common = hashlib.sha256(), _Common.of(manifest)
     for shard in range(manifest.blocks.num_shards):
-        if read_receipt(cache, manifest, shard) is None:
+        if _read_receipt(cache, manifest, shard, common) is None:
             raise unfinished(cache, manifest)
-        parts.append(receipt_path(cache, shard).read_bytes())
-    return sha256_hex(b"".join(parts))
+        digest.update(receipt_path(cache, shard).read_bytes())
+    return digest.hexdigest()
 
 
 def committed_shards(cache: Path, manifest: Manifest) -> list[int]:
@@ -176,19 +225,13 @@ def committed_shards(cache: Path, manifest: Manifest) -> list[int]:
     return [s for s in range(manifest.blocks.num_shards) if receipt_path(cache, s).exists()]
 
 
-def whole_shards(cache: Path, manifest: Manifest) -> set[int]:
-    """Shards whose receipt is valid and whose files are all there with their sizes; contents are not read."""
-    specs = array_specs(manifest)
-    whole = set()
-    for shard in range(manifest.blocks.num_shards):
-        try:
-            receipt = read_receipt(cache, manifest, shard)
-            paths = {name: cache / spec.shard_path(shard) for name, spec in specs.items()}
-            if receipt and all(os.lstat(paths[n]).st_size == file.num_bytes for n, file in receipt.files.items()):
-                whole.add(shard)
-        except (CacheError, OSError):
-            continue
-    return whole
+def refuse_absurd(cache: Path, manifest: Manifest) -> None:
+    """Raise ``unfinished-cache`` where a manifest claims so many shards that to go through them would not end."""
+    folder = cache / RECEIPTS_FOLDER
+    num_files = len(os.listdir(folder)) if folder.is_dir() else 0
+    if manifest.blocks.num_shards > _MOST_UNSEEN_SHARDS + num_files:
+        found = f"{num_files} receipts"
+        raise CacheError("unfinished-cache", cache, expected=f"{manifest.blocks.num_shards} shards", found=found)
 
 
 def unfinished(cache: Path, manifest: Manifest) -> CacheError:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,24 +16,27 @@ from typing import NamedTuple
 import numpy as np
 
 from cache_spec.commit import tokens_digest
-from cache_spec.durable import TEMPORARY_PREFIX
 from cache_spec.encodings.hidden import checked_scales
 from cache_spec.errors import CacheError
 from cache_spec.layout import array_specs, target_arrays, zarr_metadata
+from cache_spec.listing import list_cache
 from cache_spec.manifest import MANIFEST_NAME, Manifest, sha256_hex
 from cache_spec.masking import REPLACEMENTS, SELECTED, checked_masking, masking_errors
 from cache_spec.reader import ShardFile
 from cache_spec.receipts import (
+    RECEIPTS_FOLDER,
     SEAL_NAME,
     Receipt,
     read_manifest,
     read_receipt,
     read_seal,
-    receipt_name,
+    receipt_object,
     receipts_digest,
+    refuse_absurd,
     small_file_errors,
     unfinished,
 )
+from cache_spec.smallfile import read_small
 from cache_spec.tables import read_table, table_paths
 from cache_spec.targets import Array
 
@@ -78,12 +80,13 @@ def verify_cache(
     problems = Problems()
     with problems.collecting():
         manifest = read_manifest(cache)
+        refuse_absurd(cache, manifest)
         problems += (Problem(e.kind, e.place, e.expected, e.found) for e in small_file_errors(cache, manifest))
         problems += _metadata_problems(cache, manifest)
         for name in sorted(manifest.tables):
             with problems.collecting():
                 read_table(cache, manifest, name)
-        problems += _stray_files(cache, manifest)
+        problems += (_stray(cache, path) for path in list_cache(cache, manifest).stray)
         tokens = hashlib.sha256()
         num_readable = num_tokens = 0
         for shard in range(manifest.blocks.num_shards):
@@ -107,6 +110,34 @@ def verify_cache(
         if digest != seal.receipts_sha256:
             raise CacheError("seal-mismatch", cache / SEAL_NAME, expected=seal.receipts_sha256, found=digest)
     return problems
+
+
+def verify_names(cache: Path) -> list[Problem]:
+    """The problems of a cache that show without opening a file of its shards: missing and stray ones.
+
+    Manifest, seal and small files are read; receipts, tables and shards are looked for by their names alone.
+    """
+    problems = Problems()
+    with problems.collecting():
+        manifest = read_manifest(cache)
+        refuse_absurd(cache, manifest)
+        problems += (Problem(e.kind, e.place, e.expected, e.found) for e in small_file_errors(cache, manifest))
+        problems += _metadata_problems(cache, manifest)
+        for path in table_paths(manifest):
+            if not (cache / path).is_file():
+                problems.append(Problem("missing-table", str(cache / path), "a file", "none"))
+        listing = list_cache(cache, manifest)
+        problems += (_stray(cache, path) for path in listing.stray)
+        for path in listing.missing:
+            kind = "unfinished-cache" if path.startswith(f"{RECEIPTS_FOLDER}/") else "missing-shard"
+            problems.append(Problem(kind, str(cache / path), "a file", "none"))
+        if read_seal(cache, manifest) is None:
+            raise unfinished(cache, manifest)
+    return problems
+
+
+def _stray(cache: Path, path: str) -> Problem:
+    return Problem("unexpected-file", str(cache / path), "nothing here", None)
 
 
 class ShardCheck(NamedTuple):
@@ -141,7 +172,7 @@ def _metadata_problems(cache: Path, manifest: Manifest) -> Iterator[Problem]:
             yield Problem("missing-file", str(path), "listed in the manifest", None)
             continue
         try:
-            content = path.read_bytes()
+            content = read_small(path)
             if path.is_symlink() or sha256_hex(content) != manifest.files[name]:
                 continue  # reported with the other small files
             same = _said(json.loads(content)) == _said(json.loads(data))
@@ -163,19 +194,8 @@ def _said(metadata: object) -> object:
 def known_files(manifest: Manifest) -> set[str]:
     """Every file that a finished cache has."""
     shards = range(manifest.blocks.num_shards)
-    known = {MANIFEST_NAME, SEAL_NAME, *manifest.files, *table_paths(manifest), *map(receipt_name, shards)}
+    known = {MANIFEST_NAME, SEAL_NAME, *manifest.files, *table_paths(manifest), *map(receipt_object, shards)}
     return known | {spec.shard_path(shard) for spec in array_specs(manifest).values() for shard in shards}
-
-
-def _stray_files(cache: Path, manifest: Manifest) -> Iterator[Problem]:
-    """Files that no rule accounts for; hidden ones (locks, leftovers of killed runs) are nobody's data."""
-    known = known_files(manifest)
-    for folder, folders, names in os.walk(cache):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in [*names, *(name for name in folders if Path(folder, name).is_symlink())]:
-            path = Path(folder, name).relative_to(cache).as_posix()
-            if path not in known and not name.startswith((TEMPORARY_PREFIX, ".")):
-                yield Problem("unexpected-file", str(cache / path), "nothing here", None)
 
 
 def _read_shard(cache: Path, manifest: Manifest, receipt: Receipt) -> tuple[dict[str, Array], list[Problem]]:

@@ -16,7 +16,7 @@ from cache_spec.errors import CacheError
 from cache_spec.layout import array_specs
 from cache_spec.local_copy import is_inside
 from cache_spec.manifest import MANIFEST_NAME, Manifest
-from cache_spec.receipts import SEAL_NAME, read_manifest, receipt_name
+from cache_spec.receipts import SEAL_NAME, read_manifest, receipt_object
 from cache_spec.store import ReadableStore, open_store
 from cache_spec.tables import table_paths
 from cache_spec.validate import Problem, known_files, verify_cache
@@ -42,7 +42,7 @@ def verify_stored(url: str, folder: Path, on_shard: Callable[[int], object] = la
         else:
             problems = _stray_objects(store, manifest)
             fetched.now([name for name in manifest.files if is_inside(name)])
-            fetched.now([*table_paths(manifest), *map(receipt_name, range(manifest.blocks.num_shards))])
+            fetched.now([*table_paths(manifest), *map(receipt_object, range(manifest.blocks.num_shards))])
             shards = _Shards(fetched, manifest)
 
             def done(shard: int) -> None:

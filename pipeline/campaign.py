@@ -6,6 +6,7 @@ named with their errors while all others are committed. Memory follows the windo
 
 from __future__ import annotations
 
+import asyncio
 import queue
 import secrets
 import time
@@ -56,6 +57,7 @@ def capture_on_workers(
     device = config.device
     job = Job(
         out=str(config.out.resolve()),
+        store=config.store,
         fingerprint=manifest.fingerprint,
         staged_key=staged.key,
         teacher=files.name,
@@ -65,6 +67,7 @@ def capture_on_workers(
         revision=files.revision,
         weights_sha256=manifest.teacher.weights_sha256,
         device=manifest.compute.device_type if device == "auto" else device,
+        spread=config.spread,
         dtype=manifest.compute.dtype,
         num_threads=local_threads(config),
         versions=versions(),
@@ -111,7 +114,7 @@ class Campaign:
         # Keys of one run: tasks that an earlier client left behind are not taken for this one's.
         self._run, self._num_submitted = secrets.token_hex(4), 0
         self._in_flight: dict[Any, tuple[int, Future[Any]]] = {}
-        self._finished: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._finished: queue.SimpleQueue[tuple[Any, Committed | None]] = queue.SimpleQueue()
         self._todo: deque[int] = deque()
         self._again: deque[int] = deque()
         self._suspects: deque[int] = deque()
@@ -133,7 +136,11 @@ class Campaign:
         try:
             # Beside the tasks of others, on all workers at once; one that dies meanwhile is no misfit.
             found = self._client.run(check_worker, self._ref, on_error="return", callback_timeout=self._timeout_s)
-        except (OSError, TimeoutError) as error:
+        except TimeoutError:
+            # One that is frozen holds up the answers of all; each process asks itself before its first task too.
+            self._progress.note("worker-silent", "a worker does not answer: going on without asking")
+            return
+        except OSError as error:
             raise self._scheduler_lost(first_line(error)) from None
         for address, problem in sorted(found.items()):
             if isinstance(problem, KdpipeError):
@@ -183,34 +190,38 @@ class Campaign:
         self._progress.running(min(len(self._in_flight), self._num_threads))
 
     def _tell_finished(self, future: Future[Any]) -> None:
-        self._finished.put(future.key)
+        """In a thread of dask."""
+        assert self._client.loop is not None
+        self._client.loop.add_callback(self._fetch, future)
+
+    async def _fetch(self, future: Future[Any]) -> None:
+        """Beside all else: the worker that holds a result may be frozen, or cut off."""
+        done: Committed | None = None
+        # What a broken connection raises depends on where it broke; results that are asked for together end together.
+        with suppress(Exception, asyncio.CancelledError):
+            if future.status == "finished":
+                [done] = await asyncio.wait_for(self._client.gather([future], asynchronous=True), self._timeout_s)
+        self._finished.put((future.key, done))
 
     def _settle_finished(self) -> None:
         """Wait a little for shards to finish, and look after those that did and after the cluster."""
-        try:
-            key = self._finished.get(timeout=min(_POLL_S, self._timeout_s) / 4)
-        except queue.Empty:
-            key = None
-        while key is not None:
-            shard, future = self._in_flight.pop(key)
-            was_alone = shard == self._alone
-            self._alone = None if was_alone else self._alone
-            self._settle(shard, future, was_alone)
-            try:
-                key = self._finished.get_nowait()
-            except queue.Empty:
-                key = None
+        wait_s = min(_POLL_S, self._timeout_s) / 4
+        with suppress(queue.Empty):
+            while True:
+                key, done = self._finished.get(timeout=wait_s)
+                shard, future = self._in_flight.pop(key)
+                was_alone = shard == self._alone
+                self._alone = None if was_alone else self._alone
+                self._settle(shard, future, done, was_alone)
+                wait_s = 0.0
         if time.monotonic() - self._polled > min(_POLL_S, self._timeout_s):
             self._poll()
 
-    def _settle(self, shard: int, future: Future[Any], was_alone: bool) -> None:
-        done: Committed | None = None
+    def _settle(self, shard: int, future: Future[Any], done: Committed | None, was_alone: bool) -> None:
         error: BaseException | None = None
-        # What a broken connection raises depends on where it broke; the task's own error is returned, not raised.
+        # The task's own error is returned, not raised.
         with suppress(Exception):
-            if future.status == "finished":
-                done = future.result(timeout=self._timeout_s)
-            elif future.status == "error":
+            if done is None and future.status == "error":
                 error = future.exception(timeout=self._timeout_s)
         if done is not None:
             self._num_committed += 1

@@ -24,8 +24,9 @@ from pipeline.blocks import StagedBlocks, stage_blocks
 from pipeline.config import CaptureConfig
 from pipeline.folder import STAGING_NAME
 from pipeline.masking import kept_first
+from pipeline.place import Place, place_of
 from pipeline.progress import Progress
-from pipeline.shard import capture_shard, encoder_of, masker_of, read_blocks
+from pipeline.shard import capture_shards, encoder_of, masker_of, read_blocks
 from pipeline.source import Source, as_settled, refuse_differences, resolve_source, staged_manifest
 from pipeline.tables import make_tables, settled
 from pipeline.teacher import Teacher, load_teacher
@@ -41,36 +42,39 @@ def capture(config: CaptureConfig, *, quiet: bool = False, events: bool = False)
     Raises WouldLoseDataError if the folder holds another cache, other settings, or a capture that is running.
     """
     source, out = resolve_source(config), config.out
-    with folder.exclusive(out) as existing:
+    place = place_of(out, config.store)
+    with folder.exclusive(out) as local:
+        existing = place.find(local)
         if existing is not None:
             refuse_differences(existing, source)
             folder.restore(out, existing, lambda: description(source))
-            if folder.is_finished(out, existing):
-                logger.info("%s is finished already: %d blocks", out, existing.blocks.num_blocks)
+            if place.is_finished(existing):
+                logger.info("%s is finished already: %d blocks", place.name, existing.blocks.num_blocks)
                 folder.drop_staging(out)
-                return folder.summary(out, existing, captured=0)
-        run = _Run(source, stage(source, quiet=quiet), quiet, events)
+                return place.summary(existing, captured=0)
+        run = Run(source, place, stage(source, quiet=quiet), quiet, events)
         if existing is None:
             manifest = folder.create(out, *run.start())
         else:
             manifest = existing
             run.go_on(existing)
-        todo = folder.reopen(out, manifest)
+        place.begin(manifest)
+        todo = place.reopen(manifest)
         run.shards(manifest, todo)
-        folder.seal(out, manifest)
-        return folder.summary(out, manifest, captured=len(todo))
+        place.seal(manifest)
+        return place.summary(manifest, captured=len(todo))
 
 
-class _Run:
+class Run:
     """A capture under way: its staged blocks, and its teacher, which is loaded when it is first needed."""
 
-    def __init__(self, source: Source, staged: StagedBlocks, quiet: bool, events: bool) -> None:
-        self.source, self.staged, self.quiet, self.events = source, staged, quiet, events
+    def __init__(self, source: Source, place: Place, staged: StagedBlocks, quiet: bool, events: bool) -> None:
+        self.source, self.place, self.staged, self.quiet, self.events = source, place, staged, quiet, events
 
     @cached_property
     def teacher(self) -> Teacher:
         config = self.source.config
-        return load_teacher(self.source.files, device=config.device, dtype=config.dtype)
+        return load_teacher(self.source.files, device=config.device, dtype=config.dtype, spread=config.spread)
 
     def start(self) -> tuple[Manifest, dict[str, bytes], dict[str, Array]]:
         """Manifest, small files and tables of a cache that is begun."""
@@ -121,10 +125,10 @@ class _Run:
                 return
             tables = folder.read_tables(config.out, manifest)
             encoder = encoder_of(manifest, tables, self.teacher.device)
-            for shard in todo:
-                progress.running(1)
-                receipt = capture_shard(config.out, manifest, self.staged, self.teacher, encoder, shard, progress.read)
-                progress.committed(shard, receipt.num_bytes)
+            progress.running(1)
+            receipts = capture_shards(self.place, manifest, self.staged, self.teacher, encoder, todo, progress.read)
+            for receipt in receipts:
+                progress.committed(receipt.shard, receipt.num_bytes)
 
 
 def description(source: Source) -> dict[str, bytes]:

@@ -45,6 +45,8 @@ def connected(config: WorkersConfig, num_shards: int) -> Iterator[Client]:
 
     Raises KdpipeError ``no-scheduler``, BadInputError ``no-cryptography``, ``no-dashboard``.
     """
+    # Dask gives it a level of its own, whatever is asked of 'distributed'; what it would say, the campaign tells.
+    logging.getLogger("distributed.client").setLevel(logging.NOTSET)
     if config.scheduler is not None:
         with _running_cluster(config) as client:
             yield client

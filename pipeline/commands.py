@@ -98,6 +98,7 @@ def transcode(config: TranscodeConfig, dry_run: bool, as_json: bool) -> None:
 
 @click.command()
 @cache_argument
+@click.option("--shallow", is_flag=True, help="Look for missing and stray files alone: opens no file of a shard.")
 @click.option("--deep", is_flag=True, help="Also run the teacher again on a few random batches and compare.")
 @click.option("--teacher", metavar="TEXT", help="Where the teacher lies now, for --deep.  [default: the cache's name]")
 @click.option("--gguf-file", metavar="TEXT", help="GGUF file inside the teacher's folder, for --deep.")
@@ -106,6 +107,7 @@ def transcode(config: TranscodeConfig, dry_run: bool, as_json: bool) -> None:
 @as_json
 def verify(
     cache: Path | str,
+    shallow: bool,
     deep: bool,
     teacher: str | None,
     gguf_file: str | None,
@@ -115,19 +117,23 @@ def verify(
 ) -> int:
     """Report every problem of a cache, in a folder or a store.
 
-    Reads every byte; exits with 3 if anything is wrong.
+    Reads every byte, unless --shallow; exits with 3 if anything is wrong.
     """
+    if shallow and deep:
+        raise click.UsageError("--shallow or --deep, not both")
     for flag, value in (("--teacher", teacher), ("--gguf-file", gguf_file), ("--batches", batches)):
         if value is not None and not deep:
             raise click.UsageError(f"{flag} needs --deep")
     from tqdm import tqdm
 
-    from cache_spec.validate import verify_cache
+    from cache_spec.validate import verify_cache, verify_names
     from cache_spec.verify_stored import verify_stored
 
+    if shallow and not isinstance(cache, Path):
+        raise click.UsageError("--shallow is for folders")
     with tqdm(unit="shard", desc="verify", disable=as_json or None) as bar:
         if isinstance(cache, Path):
-            problems = verify_cache(cache, lambda shard: bar.update())
+            problems = verify_names(cache) if shallow else verify_cache(cache, lambda shard: bar.update())
         else:
             problems = verify_stored(cache, copy.copies, lambda shard: bar.update())
     if deep and not problems:
@@ -159,6 +165,41 @@ def repair(cache: Path | str, teacher: str | None, gguf_file: str | None, dry_ru
     facts = repair_cache(cache, teacher, gguf_file=gguf_file, dry_run=dry_run, quiet=as_json)
     emit(as_json, facts, describe_repair(facts))
     return EXIT_BAD_INPUT if facts.get("problems") else EXIT_DONE
+
+
+@click.command()
+@cache_argument
+@click.argument("url")
+@click.option("--private", is_flag=True, help="Make the dataset on the Hub private, if it is made now.")
+@dry_run
+@as_json
+def push(cache: Path, url: str, private: bool, dry_run: bool, as_json: bool) -> None:
+    """Send a finished cache to a store, or to the Hugging Face Hub.
+
+    URL is s3://BUCKET/…, gs://…, az://…, or hf://datasets/ORG/NAME. Run the same command again to go on after an
+    interruption.
+    """
+    from pipeline.push import describe_push
+    from pipeline.push import push as send
+
+    facts = send(cache, url, private=private, dry_run=dry_run, quiet=as_json)
+    emit(as_json, facts, describe_push(facts))
+
+
+@click.command()
+@click.argument("url")
+@click.argument("folder", type=click.Path(path_type=Path))
+@as_json
+def pull(url: str, folder: Path, as_json: bool) -> None:
+    """Bring a finished cache from a store, or from the Hugging Face Hub.
+
+    Every file is compared with its digest. Run the same command again to go on after an interruption.
+    """
+    from pipeline.pull import describe_pull
+    from pipeline.pull import pull as bring
+
+    facts = bring(url, folder, quiet=as_json)
+    emit(as_json, facts, describe_pull(facts))
 
 
 @click.command("inspect")

@@ -12,6 +12,8 @@ from typing import Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from cache_spec.address import CacheAddress
+from cache_spec.manifest import sha256_hex
+from cache_spec.store import home_folder, is_url
 from pipeline.encoding_config import EncodingConfig, EncodingName
 from pipeline.workers_config import WorkersConfig
 
@@ -26,7 +28,10 @@ class CaptureConfig(EncodingConfig, WorkersConfig):
     NAME, NAME:CONFIG, NAME@REVISION or NAME:CONFIG@REVISION, or python-docs:train or :heldout; may be given more than
     once."""
     out: Path
-    """Folder of the cache."""
+    """Folder of the cache, or its address in an object store: s3://BUCKET/NAME, gs://BUCKET/NAME, az://ACCOUNT/NAME."""
+    store: str | None = None
+    """Address that the shards go to; --out is then the folder of what stays here while the cache is made: the staged
+    blocks and the small files. An address as --out takes a folder of its own for these, below ~/.cache/kdpipe."""
     revision: str | None = None
     """Revision of the teacher's hub repository."""
     gguf_file: str | None = None
@@ -66,8 +71,29 @@ class CaptureConfig(EncodingConfig, WorkersConfig):
     """Blocks in a shard: the unit that is committed at once, and the most that an interruption costs."""
     device: str = "auto"
     """Device of the teacher: auto, cpu, cuda, cuda:N or mps."""
+    spread: bool = False
+    """Lay the teacher's layers over all GPUs that its process sees, for one that is larger than a GPU."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type the teacher computes in; auto is bfloat16 on CUDA, float32 elsewhere."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _out_may_be_a_store(cls, values: Any) -> Any:
+        if isinstance(values, dict) and is_url(values.get("out", "")):
+            if values.get("store") is not None:
+                raise ValueError("out is a folder where store is the address")
+            url = str(values["out"])
+            values = {**values, "out": home_folder() / "captures" / sha256_hex(url.encode())[:16], "store": url}
+        return values
+
+    @field_validator("store")
+    @classmethod
+    def _store_that_commits(cls, store: str | None) -> str | None:
+        if store is not None and not is_url(store):
+            raise ValueError(f"{store} is no address of a store")
+        if store is not None and store.startswith("hf://"):
+            raise ValueError("the hub takes a finished cache: capture to a folder, then push it")
+        return store
 
     @field_validator("text", mode="before")
     @classmethod
@@ -87,6 +113,10 @@ class CaptureConfig(EncodingConfig, WorkersConfig):
             raise ValueError(f"hidden_window {self.hidden_window} does not divide block_tokens {self.block_tokens}")
         if self.mask_keep + self.mask_random > 1 + 1e-6:
             raise ValueError(f"mask_keep {self.mask_keep:g} and mask_random {self.mask_random:g} are more than all")
+        if self.spread and self.workers > 1:
+            raise ValueError("spread takes all GPUs for one teacher: give at most one worker, or a scheduler")
+        if self.spread and ":" in self.device:
+            raise ValueError(f"spread takes all GPUs, device {self.device} is one")
         if self.batch_blocks > self.shard_blocks:
             raise ValueError(f"batch_blocks {self.batch_blocks} is more than shard_blocks {self.shard_blocks}")
         if self.limit_tokens is not None and self.last_block == "drop" and self.limit_tokens < self.block_tokens:
@@ -101,6 +131,14 @@ class TranscodeConfig(EncodingConfig):
     """Cache to start from: its folder, or its address in a store."""
     out: Path
     """Folder of the new cache."""
+
+    @field_validator("out", mode="before")
+    @classmethod
+    def _folder(cls, out: Any) -> Any:
+        if is_url(out):
+            raise ValueError(f"a folder is expected, not {out}: push the cache when it is made")
+        return out
+
     encoding: EncodingName | None = None  # type: ignore[assignment]
     """How targets are kept: topk, prototype, sampled, sparsified or hidden.  [default: as in CACHE]"""
     temperatures: tuple[float, ...] | None = None

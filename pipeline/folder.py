@@ -14,19 +14,22 @@ from pathlib import Path
 from typing import Any
 
 import filelock
+import numpy as np
 
 from cache_spec.commit import PUBLISH_LOCK, create_cache
 from cache_spec.durable import TEMPORARY_PREFIX, make_folder, remove_leftovers, replace_file, writing
 from cache_spec.errors import CacheError, WouldLoseDataError
 from cache_spec.layout import array_specs, zarr_metadata
+from cache_spec.listing import SIZES_NAME, missing_receipts, note_sizes, sealed_sizes, sizes_on_disk, whole_shards
 from cache_spec.manifest import MANIFEST_NAME, Manifest, canonical_json, sha256_hex
 from cache_spec.receipts import (
     RECEIPTS_FOLDER,
     SEAL_NAME,
+    Seal,
     read_manifest,
+    read_seal,
     receipt_path,
     small_file_errors,
-    whole_shards,
     write_seal,
 )
 from cache_spec.tables import read_table, table_digests, table_paths, write_tables
@@ -123,8 +126,20 @@ def read_tables(out: Path, manifest: Manifest) -> dict[str, Array]:
 
 
 def is_finished(out: Path, manifest: Manifest) -> bool:
-    """Whether the cache is sealed and nothing of it is missing; contents of shards are not read."""
-    return (out / SEAL_NAME).exists() and not missing_shards(out, manifest) and tables_whole(out, manifest)
+    """Whether the cache is sealed and nothing of it is missing or cut; contents of shards are not read."""
+    try:
+        seal = read_seal(out, manifest)
+        if seal is None or missing_receipts(out, manifest) or not tables_whole(out, manifest):
+            return False
+        sizes = _sealed_sizes(out, manifest, seal)
+    except CacheError:
+        return False
+    return np.array_equal(sizes, sizes_on_disk(out, manifest, range(len(sizes))))
+
+
+def _sealed_sizes(out: Path, manifest: Manifest, seal: Seal) -> Array:
+    sizes = sealed_sizes(out, manifest, seal)
+    return note_sizes(out, manifest, seal) if sizes is None else sizes
 
 
 def missing_shards(out: Path, manifest: Manifest) -> list[int]:
@@ -142,14 +157,14 @@ def reopen(out: Path, manifest: Manifest) -> list[int]:
 def take_out(out: Path, shards: Iterable[int]) -> None:
     """Take away the seal and the receipts of shards: they do not exist any more."""
     with writing(out):
-        for stale in [out / SEAL_NAME, *(receipt_path(out, shard) for shard in shards)]:
+        for stale in [out / SEAL_NAME, out / SIZES_NAME, *(receipt_path(out, shard) for shard in shards)]:
             stale.unlink(missing_ok=True)
 
 
 def seal(out: Path, manifest: Manifest) -> None:
     """Seal a cache whose shards are all committed, and drop what was staged for it and what killed workers left."""
     _remove_leftovers(out, _names(manifest))
-    write_seal(out, manifest)
+    note_sizes(out, manifest, write_seal(out, manifest))
     drop_staging(out)
 
 
@@ -160,17 +175,17 @@ def drop_staging(out: Path) -> None:
 
 def summary(cache: Path, manifest: Manifest, *, captured: int) -> dict[str, Any]:
     """What a finished cache says for itself."""
-    paths = [
-        *(
-            spec.shard_path(shard)
-            for spec in array_specs(manifest).values()
-            for shard in range(manifest.blocks.num_shards)
-        ),
-        *table_paths(manifest),
-    ]
-    bytes_on_disk = sum((cache / path).stat().st_size for path in paths)
+    seal = read_seal(cache, manifest)
+    assert seal is not None
+    num_bytes = int(_sealed_sizes(cache, manifest, seal).sum())
+    num_bytes += sum((cache / path).stat().st_size for path in table_paths(manifest))
+    return counts(str(cache), manifest, num_bytes, captured=captured)
+
+
+def counts(name: str, manifest: Manifest, num_bytes: int, *, captured: int) -> dict[str, Any]:
+    """What is said of a finished cache called ``name``, whose values take ``num_bytes``."""
     return {
-        "cache": str(cache),
+        "cache": name,
         "fingerprint": manifest.fingerprint,
         "encoding": manifest.encoding.name,
         "documents": manifest.corpus.num_documents,
@@ -178,8 +193,8 @@ def summary(cache: Path, manifest: Manifest, *, captured: int) -> dict[str, Any]
         "blocks": manifest.blocks.num_blocks,
         "shards": manifest.blocks.num_shards,
         "shards_captured_now": captured,
-        "bytes": bytes_on_disk,
-        "bytes_per_token": round(bytes_on_disk / manifest.corpus.num_tokens, 2),
+        "bytes": num_bytes,
+        "bytes_per_token": round(num_bytes / manifest.corpus.num_tokens, 2),
     }
 
 

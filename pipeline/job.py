@@ -47,6 +47,8 @@ class Job:
 
     out: str
     """The cache's folder."""
+    store: str | None
+    """Address of the store that the shards go to; None where they go into the folder."""
     fingerprint: str
     """Of its manifest."""
     staged_key: str
@@ -61,6 +63,8 @@ class Job:
     """Commit of the hub repository, which a worker without the client's folder may take the teacher from."""
     weights_sha256: str
     device: str
+    spread: bool
+    """Whether the teacher takes all GPUs that a worker sees."""
     dtype: str
     num_threads: int | None
     """CPU threads of one worker; None leaves them as they are."""

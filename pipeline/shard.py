@@ -8,23 +8,24 @@ Legend of axes: B blocks, T tokens, W windows, D teacher width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
 import torch
 
-from cache_spec.commit import commit_shard
+from cache_spec.commit import pack_shard
 from cache_spec.encodings.hidden import encode_int8
 from cache_spec.manifest import HiddenInfo, Manifest
 from cache_spec.masking import REPLACEMENTS, SELECTED, MaskedText
-from cache_spec.receipts import Receipt, read_receipt
+from cache_spec.receipts import Receipt
 from cache_spec.targets import Array
 from pipeline.blocks import StagedBlocks
 from pipeline.encoders import make_encoder
 from pipeline.encoders.spectrum import Encoder
 from pipeline.masking import Masker, Masks
 from pipeline.overlap import overlapped
+from pipeline.place import Place
+from pipeline.streams import Event, on_stream, recorded, side_stream
 from pipeline.targets import encode_batch
 from pipeline.teacher import OutputHead, States, Teacher
 
@@ -34,26 +35,58 @@ def encoder_of(manifest: Manifest, tables: Mapping[str, Array], device: torch.de
     return make_encoder(manifest.encoding, manifest.geometry, tables=tables, device=device)
 
 
-def capture_shard(
-    cache: Path,
+def capture_shards(
+    place: Place,
+    manifest: Manifest,
+    staged: StagedBlocks,
+    teacher: Teacher,
+    encoder: Encoder,
+    shards: Iterable[int],
+    on_tokens: Callable[[int], object] = lambda tokens: None,
+) -> Iterator[Receipt]:
+    """Run the teacher over shard after shard; another thread packs and commits the one before. Gives the receipts.
+
+    Two shards' arrays are held at most: one that is committed and one that is made. A failure to commit is raised at
+    the next batch.
+    """
+    failed: list[BaseException] = []
+
+    def checked(tokens: int) -> None:
+        if failed:
+            raise failed[0]
+        on_tokens(tokens)
+
+    def committed(made: tuple[int, dict[str, Array]]) -> Receipt:
+        try:
+            return place.publish(manifest, pack_shard(manifest, *made))
+        except BaseException as error:
+            failed.append(error)
+            raise
+
+    made = ((shard, shard_arrays(manifest, staged, teacher, encoder, shard, checked)) for shard in shards)
+    yield from overlapped(made, committed)
+
+
+def shard_arrays(
     manifest: Manifest,
     staged: StagedBlocks,
     teacher: Teacher,
     encoder: Encoder,
     shard: int,
     on_tokens: Callable[[int], object] = lambda tokens: None,
-) -> Receipt:
-    """Run the teacher over one shard's blocks and commit it, if it is not committed; returns its receipt."""
-    earlier = read_receipt(cache, manifest, shard)
-    if earlier is not None:
-        return earlier
+) -> dict[str, Array]:
+    """What a cache keeps of one shard's blocks, as the teacher reads them now."""
     made = _read_by_teacher(manifest, staged, teacher, shard, on_tokens)
+    if not overlaps(teacher.device):
+        return joined([encode_hidden(manifest, teacher.head, encoder, *batch) for batch in made])
+    stream = side_stream(teacher.device)
 
-    def encoded(batch: _Batch) -> dict[str, Array]:
-        return encode_hidden(manifest, teacher.head, encoder, *batch)
+    def encoded(made: tuple[_Batch, Event | None]) -> dict[str, Array]:
+        batch, computed = made
+        with on_stream(stream, computed, batch[0]):
+            return encode_hidden(manifest, teacher.head, encoder, *batch)
 
-    parts = overlapped(made, encoded) if overlaps(teacher.device) else [encoded(batch) for batch in made]
-    return commit_shard(cache, manifest, shard, joined(parts))
+    return joined(list(overlapped(((batch, recorded(teacher.device)) for batch in made), encoded)))
 
 
 def overlaps(device: torch.device) -> bool:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from dask.distributed import get_worker
 
+from cache_spec.commit import pack_shard
 from cache_spec.errors import BadInputError, KdpipeError
 from cache_spec.manifest import Manifest
 from cache_spec.receipts import read_manifest
@@ -23,7 +24,8 @@ from pipeline.encoders.spectrum import Encoder
 from pipeline.failures import as_failure
 from pipeline.folder import STAGING_NAME, read_tables
 from pipeline.job import Committed, Job, JobRef, check_worker, missing_weights, read_job, worker_place
-from pipeline.shard import capture_shard, encoder_of
+from pipeline.place import Place, place_of
+from pipeline.shard import encoder_of, shard_arrays
 from pipeline.teacher import Teacher, load_teacher
 from pipeline.teacher_files import TeacherFiles, resolve_teacher
 
@@ -36,6 +38,7 @@ class _Prepared:
     """A job as this process holds it."""
 
     job: Job
+    place: Place
     manifest: Manifest
     staged: StagedBlocks
     teacher: Teacher
@@ -54,16 +57,18 @@ def capture_task(ref: JobRef, shard: int) -> Committed:
     Every failure is raised as an error of ours, so that the client can read it whatever is installed there.
     """
     worker = get_worker()
-    place = f"shard {shard}: {worker_place(worker)}"
+    where = f"shard {shard}: {worker_place(worker)}"
     try:
-        with _lock:  # a teacher reads one batch at a time, however many threads the worker has
+        with _lock:  # a teacher reads one batch at a time; a worker's second thread commits the shard before
             prepared = _prepare(ref, worker)
-            manifest = prepared.manifest
-            if prepared.job.num_threads is not None:
-                torch.set_num_threads(prepared.job.num_threads)
-            receipt = capture_shard(
-                Path(prepared.job.out), manifest, prepared.staged, prepared.teacher, prepared.encoder, shard
-            )
+            manifest, place = prepared.manifest, prepared.place
+            receipt = place.receipt(manifest, shard)
+            if receipt is None:
+                if prepared.job.num_threads is not None:
+                    torch.set_num_threads(prepared.job.num_threads)
+                arrays = shard_arrays(manifest, prepared.staged, prepared.teacher, prepared.encoder, shard)
+        if receipt is None:
+            receipt = place.publish(manifest, pack_shard(manifest, shard, arrays))
     except BadInputError as error:
         cause = error.__cause__
         if error.kind != "cannot-write" or not isinstance(cause, OSError) or cause.errno in _LASTING:
@@ -72,8 +77,8 @@ def capture_task(ref: JobRef, shard: int) -> Committed:
     except KdpipeError:
         raise
     except Exception as error:
-        failure = as_failure(error, place)
-        raise failure or KdpipeError("worker-failed", place, found=repr(error)[:1000]) from None
+        failure = as_failure(error, where)
+        raise failure or KdpipeError("worker-failed", where, found=repr(error)[:1000]) from None
     return Committed(receipt.num_blocks * manifest.blocks.block_tokens, receipt.num_bytes)
 
 
@@ -91,13 +96,13 @@ def _prepare(ref: JobRef, worker: Any) -> _Prepared:
         teacher = _teacher(job, worker)
         encoder = encoder_of(manifest, read_tables(out, manifest), teacher.device)
         staged = open_staged(out / STAGING_NAME, job.staged_key)
-        _prepared[ref.sha256] = _Prepared(job, manifest, staged, teacher, encoder)
+        _prepared[ref.sha256] = _Prepared(job, place_of(out, job.store), manifest, staged, teacher, encoder)
     return _prepared[ref.sha256]
 
 
 def _teacher(job: Job, worker: Any) -> Teacher:
     device = _device(job, worker.name)
-    key = (job.weights_sha256, device, job.dtype)
+    key = (job.weights_sha256, "spread" if job.spread else device, job.dtype)
     if key not in _teachers:
         _teachers.clear()
         if job.revision is not None and missing_weights(job) is not None:
@@ -118,7 +123,7 @@ def _teacher(job: Job, worker: Any) -> Teacher:
                 found=f"{files.weights_sha256[:16]} in {files.folder}",
             )
         try:
-            _teachers[key] = load_teacher(files, device=device, dtype=job.dtype)
+            _teachers[key] = load_teacher(files, device=device, dtype=job.dtype, spread=job.spread)
         except BadInputError as error:
             where = f"{worker_place(worker)}: {error.place}"
             raise BadInputError(

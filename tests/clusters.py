@@ -1,6 +1,7 @@
-"""Dask clusters as a user starts them: a scheduler and workers as processes on loopback, which tests may kill.
+"""Dask clusters as a user starts them: a scheduler and workers as processes, which tests may kill.
 
-In: how many workers. Out: their processes and the scheduler's address; all of them end with the test.
+In: how many workers, and on which hosts. Out: their processes and the scheduler's address; all of them end with the
+test.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from tests.processes import free_port
 
@@ -26,11 +28,23 @@ ENVIRONMENT = {
 }
 
 
+class Host(NamedTuple):
+    """Where processes run."""
+
+    address: str = "127.0.0.1"
+    enter: tuple[str, ...] = ()
+    """What stands before a command that is to run there."""
+
+
+LOOPBACK = Host()
+
+
 @dataclass
 class RunningCluster:
     """Processes of one cluster, workers without nannies: one that is killed does not come back."""
 
     folder: Path
+    host: Host = LOOPBACK
     port: int = field(default_factory=free_port)
     scheme: str = "tcp"
     options: tuple[str, ...] = ()
@@ -39,19 +53,20 @@ class RunningCluster:
 
     @property
     def address(self) -> str:
-        return f"{self.scheme}://127.0.0.1:{self.port}"
+        return f"{self.scheme}://{self.host.address}:{self.port}"
 
     def start_scheduler(self) -> subprocess.Popen[bytes]:
-        host = ["--host", self.address, "--no-dashboard", "--dashboard-address", "127.0.0.1:0"]
-        return self._start("scheduler", *host)
+        options = ["--host", self.address, "--no-dashboard", "--dashboard-address", "127.0.0.1:0"]
+        return self._start(self.host, "scheduler", *options)
 
-    def start_worker(self, **environment: str) -> subprocess.Popen[bytes]:
-        options = ["--nthreads", "1", "--no-nanny", "--memory-limit", "0", "--no-dashboard", "--host", "127.0.0.1"]
-        self.workers.append(self._start("worker", self.address, *options, **environment))
+    def start_worker(self, host: Host = LOOPBACK, **environment: str) -> subprocess.Popen[bytes]:
+        options = ["--nthreads", "1", "--no-nanny", "--memory-limit", "0", "--no-dashboard", "--host", host.address]
+        self.workers.append(self._start(host, "worker", self.address, *options, **environment))
         return self.workers[-1]
 
-    def _start(self, *arguments: str, **environment: str) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "distributed.cli.dask_" + arguments[0], *arguments[1:], *self.options]
+    def _start(self, host: Host, *arguments: str, **environment: str) -> subprocess.Popen[bytes]:
+        module = "distributed.cli.dask_" + arguments[0]
+        command = [*host.enter, sys.executable, "-m", module, *arguments[1:], *self.options]
         folder = ["--local-directory", str(self.folder)] if arguments[0] == "worker" else []
         with open(self.folder / f"{arguments[0]}-{len(self.processes)}.log", "wb") as log:
             process = subprocess.Popen(

@@ -8,7 +8,6 @@ environment holds them all.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.machinery
 import itertools
 import json
@@ -137,37 +136,11 @@ def open_kdpipe(folder: Path, sizes: Sizes) -> Read:
     return read
 
 
-def multiply_kdpipe(folder: Path, sizes: Sizes, times: int) -> None:
-    """Link the one shard's files under each number; manifest, receipts and seal are made anew."""
-    from cache_spec.layout import array_specs, zarr_metadata
-    from cache_spec.manifest import MANIFEST_NAME, seal_json, sha256_hex
-    from cache_spec.receipts import SEAL_NAME, Seal, read_manifest, read_receipt, receipt_path
+def multiply_kdpipe(folder: Path, _sizes: Sizes, times: int) -> None:
+    """Link the one shard's files under each number."""
+    from benchmarks.multiply import multiply
 
-    one = read_manifest(folder)
-    receipt = read_receipt(folder, one, 0)
-    assert receipt is not None
-    num_blocks = sizes.num_blocks * times
-    many = one.model_copy(
-        update={
-            "blocks": one.blocks.model_copy(update={"num_blocks": num_blocks}),
-            "corpus": one.corpus.model_copy(update={"num_tokens": num_blocks * sizes.block_tokens}),
-        }
-    )
-    metadata = zarr_metadata(many)
-    many = many.model_copy(update={"files": {name: sha256_hex(data) for name, data in metadata.items()}})
-    for name, data in {**metadata, MANIFEST_NAME: many.to_json()}.items():
-        (folder / name).write_bytes(data)
-    specs, fingerprint = array_specs(many).values(), many.fingerprint
-    body, digest = receipt.model_dump(mode="json"), hashlib.sha256()
-    for shard in range(times):
-        for spec in specs if shard else ():
-            os.link(folder / spec.shard_path(0), folder / spec.shard_path(shard))
-        changed = {"fingerprint": fingerprint, "shard": shard, "first_block": shard * sizes.num_blocks}
-        sealed = seal_json({**body, **changed})
-        digest.update(sealed)
-        receipt_path(folder, shard).write_bytes(sealed)
-    seal = Seal(fingerprint=fingerprint, num_shards=times, receipts_sha256=digest.hexdigest())
-    (folder / SEAL_NAME).write_bytes(seal_json(seal.model_dump(mode="json")))
+    multiply(folder, times, link=True)
 
 
 def _decoder(sizes: Sizes) -> Callable[[Batch], Batch]:

@@ -6,6 +6,8 @@ import errno
 import json
 import os
 import shutil
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from pipeline.capture import capture
 from pipeline.config import CaptureConfig
 from pipeline.folder import LOCK_NAME, STAGING_NAME
 from pipeline.inspect import describe, inspect_cache
+from pipeline.progress import Progress
 from pipeline.recompute import compare_with_teacher
 from pipeline.teacher import load_teacher
 from tests.models import FAMILIES, make_folder, write_words
@@ -100,18 +103,18 @@ def test_every_token_of_every_document_is_there_once(config: CaptureConfig) -> N
 
 def test_a_stopped_capture_resumes_to_the_same_bytes(config: CaptureConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     capture(config)
-    real = commit.commit_shard
+    real = commit.publish_shard
 
-    def stops(cache: Path, manifest: Any, shard: int, rows: Any) -> Any:
-        if shard == 2:
+    def stops(cache: Path, manifest: Any, packed: Any) -> Any:
+        if packed.receipt.shard == 2:
             raise KeyboardInterrupt
-        return real(cache, manifest, shard, rows)
+        return real(cache, manifest, packed)
 
     again = changed(config, out=config.out.with_name("again"))
-    monkeypatch.setattr("pipeline.shard.commit_shard", stops)
+    monkeypatch.setattr("pipeline.place.publish_shard", stops)
     with pytest.raises(KeyboardInterrupt):
         capture(again)
-    monkeypatch.setattr("pipeline.shard.commit_shard", real)
+    monkeypatch.setattr("pipeline.place.publish_shard", real)
     assert committed_shards(again.out, inspect_manifest(again)) == [0, 1]
     assert capture(again)["shards_captured_now"] == inspect_manifest(again).blocks.num_shards - 2
     assert contents(again.out) == contents(config.out)
@@ -138,7 +141,7 @@ def inspect_manifest(config: CaptureConfig) -> Any:
 def test_a_workers_failure_reaches_the_user_and_spares_the_rest(config: CaptureConfig) -> None:
     poison(Path(config.teacher))
     with pytest.raises(BadInputError, match="non-finite-logits: block 0"):
-        capture(changed(config, workers=2))
+        capture(changed(config, workers=1))
 
 
 def test_a_finished_capture_is_left_alone_without_loading_the_teacher(
@@ -246,6 +249,54 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_later(
     assert 0 < len(done) < inspect_manifest(config).blocks.num_shards
     capture(config)
     assert verify_cache(config.out) == []
+
+
+def test_the_teacher_reads_the_next_shard_while_the_last_is_committed(
+    config: CaptureConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    capture(config)
+    again = changed(config, out=config.out.with_name("again"))
+    num_batches, real = threading.Semaphore(0), commit.publish_shard
+    of_a_shard = len(shard.batches(inspect_manifest(config), 0))
+
+    def read(_progress: Progress, _num_tokens: int) -> None:
+        num_batches.release()
+
+    def watched(cache: Path, manifest: Any, packed: Any) -> Any:
+        if packed.receipt.shard == 0:  # every batch of this shard, and one of the next
+            assert all(num_batches.acquire(timeout=60) for _ in range(of_a_shard + 1))
+        return real(cache, manifest, packed)
+
+    monkeypatch.setattr(Progress, "read", read)
+    monkeypatch.setattr("pipeline.place.publish_shard", watched)
+    capture(again)
+    assert contents(again.out) == contents(config.out)
+
+
+def test_a_shard_that_cannot_be_committed_stops_the_teacher_at_its_next_batch(
+    config: CaptureConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failed, waiting = threading.Event(), threading.Event()
+    read: list[int] = []
+
+    def broken(*_: object) -> Any:
+        assert waiting.wait(timeout=60)
+        failed.set()
+        raise OSError(errno.EIO, "broken")
+
+    def count(_progress: Progress, num_tokens: int) -> None:
+        read.append(num_tokens)
+        if len(read) > of_a_shard:  # of the second shard
+            waiting.set()
+            assert failed.wait(timeout=60)
+            time.sleep(0.05)  # for the thread that failed to say so
+
+    of_a_shard = -(-config.shard_blocks // config.batch_blocks)
+    monkeypatch.setattr("pipeline.place.publish_shard", broken)
+    monkeypatch.setattr(Progress, "read", count)
+    with pytest.raises(OSError, match="broken"):
+        capture(config)
+    assert len(read) == of_a_shard + 1
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from cache_spec.commit import commit_shard
+from cache_spec.commit import pack_shard
 from pipeline import cli, settings
 from pipeline.config import CaptureConfig, TranscodeConfig
 from tests.models import make_folder, write_words
@@ -59,7 +59,8 @@ def test_the_whole_job_from_text_to_evaluated_student(
     code, out, _ = kdpipe(capsys, *capture)
     assert (code, json.loads(out)["shards_captured_now"]) == (0, json.loads(out)["shards"])
     assert json.loads(kdpipe(capsys, *capture)[1])["shards_captured_now"] == 0
-    assert kdpipe(capsys, "verify", cache)[:2] == (0, f"{cache}: 0 problem(s)\n")
+    for flags in ([], ["--shallow"]):
+        assert kdpipe(capsys, "verify", cache, *flags)[:2] == (0, f"{cache}: 0 problem(s)\n")
     assert json.loads(kdpipe(capsys, "inspect", cache, "--json")[1])["finished"]
     train = ["train-student", "--cache", cache, "--out", run, "--teacher", teacher, "--num-layers", 1]
     train += ["--batch-blocks", 4, "--device", "cpu", "--cosine-weight", 0.5, "--temperature", 2, "--json"]
@@ -188,6 +189,7 @@ def test_an_unknown_recipe_names_the_shipped_ones(capsys: pytest.CaptureFixture[
         ["verify", "c", "--teacher", "t"],
         ["verify", "c", "--gguf-file", "t"],
         ["verify", "c", "--batches", "4"],
+        ["verify", "c", "--shallow", "--deep"],
     ],
 )
 def test_wrong_usage_exits_with_2(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
@@ -309,7 +311,7 @@ def test_inspect_says_nothing_of_means_that_are_not_there(
     def full(*args: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pipeline.shard.commit_shard", full)
+    monkeypatch.setattr("pipeline.place.publish_shard", full)
     flags = ["--teacher", teacher, "--text", text, "--out", tmp_path / "cache", *SMALL]
     assert kdpipe(capsys, "cache-teacher", *flags)[0] == 130
     code, out, err = kdpipe(capsys, "inspect", tmp_path / "cache", "--json")
@@ -334,11 +336,11 @@ def test_inspect_survives_a_loss_whose_exponential_overflows(
     loss: float,
     perplexity: str | None,
 ) -> None:
-    def lossy(cache: Path, manifest: Any, shard: int, rows: Any) -> Any:
+    def lossy(manifest: Any, shard: int, rows: Any) -> Any:
         rows["block_loss"][:] = loss
-        return commit_shard(cache, manifest, shard, rows)
+        return pack_shard(manifest, shard, rows)
 
-    monkeypatch.setattr("pipeline.shard.commit_shard", lossy)
+    monkeypatch.setattr("pipeline.shard.pack_shard", lossy)
     flags = ["--teacher", teacher, "--text", text, "--out", tmp_path / "cache", *SMALL, "--json"]
     assert kdpipe(capsys, "cache-teacher", *flags)[0] == 0
     code, out, err = kdpipe(capsys, "inspect", tmp_path / "cache", "--json")

@@ -162,8 +162,8 @@ def test_a_stopped_calibration_starts_again_and_a_stopped_capture_keeps_its_tabl
     def stops(*_: Any, **__: Any) -> Any:
         raise KeyboardInterrupt
 
-    def stops_at_two(cache: Path, manifest: Any, shard: int, rows: Any) -> Any:
-        return stops() if shard == 2 else commit.commit_shard(cache, manifest, shard, rows)
+    def stops_at_two(cache: Path, manifest: Any, packed: Any) -> Any:
+        return stops() if packed.receipt.shard == 2 else commit.publish_shard(cache, manifest, packed)
 
     with monkeypatch.context() as patch:
         patch.setattr(calibrate, "calibrate", stops)
@@ -171,7 +171,7 @@ def test_a_stopped_calibration_starts_again_and_a_stopped_capture_keeps_its_tabl
             capture(config, quiet=True)
     assert not (config.out / "manifest.json").exists()
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.shard.commit_shard", stops_at_two)
+        patch.setattr("pipeline.place.publish_shard", stops_at_two)
         with pytest.raises(KeyboardInterrupt):
             capture(config, quiet=True)
     assert committed_shards(config.out, read_manifest(config.out)) == [0, 1]

@@ -32,7 +32,7 @@ RECIPE = Path(__file__).parent.parent / "family.yaml"
 NAMES = ["one-layer", "two-layers", "fresh"]
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def _one_thread() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -58,6 +58,20 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         }
         capture(CaptureConfig.model_validate(settings | sizes), quiet=True)
     return folder
+
+
+@pytest.fixture(scope="module")
+def trained(made: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A folder with a whole family, and the report of it; tests leave it as it is."""
+    out = tmp_path_factory.mktemp("trained") / "out"
+    return out, train_family(family(made, out), quiet=True)
+
+
+@pytest.fixture(scope="module")
+def controlled(made: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A folder with a family of two steps and its controls, and the report of it."""
+    out = tmp_path_factory.mktemp("controlled") / "out"
+    return out, train_family(family(made, out, control=True, max_steps=2), quiet=True)
 
 
 def family(made: Path, out: Path, recipe: Path = RECIPE, *, control: bool = False, **given: Any) -> Family:
@@ -87,10 +101,9 @@ def weights(out: Path, name: str) -> dict[str, torch.Tensor]:
 
 
 def test_a_family_is_trained_measured_and_left_alone_when_done(
-    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    made: Path, trained: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out = tmp_path / "out"
-    report = train_family(family(made, out), quiet=True)
+    out, report = trained
     rows = report["students"]
     assert [row["name"] for row in rows] == NAMES
     assert {row["status"] for row in rows} == {"done"}
@@ -118,31 +131,34 @@ def test_a_family_is_trained_measured_and_left_alone_when_done(
     assert train_family(family(made, out), quiet=True) == report
 
 
-def test_a_student_of_a_family_is_the_one_that_is_trained_alone(made: Path, tmp_path: Path) -> None:
-    described = family(made, tmp_path / "family")
-    train_family(described, plots=False, quiet=True)
-    alone = described.students[2].config.model_copy(update={"out": tmp_path / "alone"})
+def test_a_student_of_a_family_is_the_one_that_is_trained_alone(
+    made: Path, trained: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    out, _ = trained
+    alone = family(made, out).students[2].config.model_copy(update={"out": tmp_path / "alone"})
     train_one(alone, quiet=True)
-    ours, theirs = weights(tmp_path / "family", "fresh"), load_file(tmp_path / "alone/student/model.safetensors")
+    ours, theirs = weights(out, "fresh"), load_file(tmp_path / "alone/student/model.safetensors")
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 
-def test_a_control_starts_alike_and_learns_from_the_text_alone(made: Path, tmp_path: Path) -> None:
-    described = family(made, tmp_path / "out", control=True, max_steps=2)
+def test_a_control_starts_alike_and_learns_from_the_text_alone(
+    made: Path, controlled: tuple[Path, dict[str, Any]]
+) -> None:
+    out, report = controlled
+    described = family(made, out, control=True, max_steps=2)
     names = [student.name for student in described.students]
     assert names == [name for student in NAMES for name in (student, f"{student}-control")]
     student, control = described.students[2:4]
-    different = {"kl_weight": 0.0, "ce_weight": 1.0, "out": tmp_path / "out" / "two-layers-control"}
+    different = {"kl_weight": 0.0, "ce_weight": 1.0, "out": out / "two-layers-control"}
     assert control.config == student.config.model_copy(update=different)
-    report = train_family(described, quiet=True)
     assert [row["control_of"] for row in report["students"][:2]] == [None, "one-layer"]
     first, twin = (
-        json.loads((tmp_path / "out" / name / "metrics.jsonl").read_text().splitlines()[0])
+        json.loads((out / name / "metrics.jsonl").read_text().splitlines()[0])
         for name in ("two-layers", "two-layers-control")
     )
     assert (first["tokens"], "kl" in first, "kl" in twin) == (twin["tokens"], True, False)
     # The same first weights on the same first blocks.
-    starts = [json.loads((tmp_path / "out" / n / "run.json").read_text()) for n in ("two-layers", "two-layers-control")]
+    starts = [json.loads((out / n / "run.json").read_text()) for n in ("two-layers", "two-layers-control")]
     assert starts[0]["student"] == starts[1]["student"]
 
 
@@ -196,10 +212,9 @@ def test_a_failing_student_does_not_stop_the_others(
 
 
 def test_an_interrupt_stops_the_family_and_the_same_call_goes_on(
-    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    made: Path, trained: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    train_family(family(made, whole), plots=False, quiet=True)
+    whole, stopped = trained[0], tmp_path / "stopped"
     started: list[str] = []
 
     def interrupted(config: Any, **kwargs: Any) -> Any:
@@ -237,7 +252,7 @@ def test_an_interrupt_stops_the_family_and_the_same_call_goes_on(
 
 
 def test_a_dry_run_tells_every_students_cost_and_writes_nothing(
-    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    made: Path, trained: tuple[Path, dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
     flags = ["--students", RECIPE, "--cache", made / "cache", "--out", out, "--teacher", made / "teacher", "--dry-run"]
@@ -248,20 +263,20 @@ def test_a_dry_run_tells_every_students_cost_and_writes_nothing(
     assert not out.exists()
     assert cli.run(["train-student", *map(str, flags)]) == 0
     assert "hours of training in all" in capsys.readouterr().out
-    train_family(family(made, out, max_steps=1), plots=False, quiet=True)
-    assert {row["status"] for row in plan_family(family(made, out, max_steps=1))["students"]} == {"done"}
+    assert {row["status"] for row in plan_family(family(made, trained[0]))["students"]} == {"done"}
 
 
 # --- plots
 
 
-def test_plots_are_drawn_where_there_is_something_to_draw(made: Path, tmp_path: Path) -> None:
+def test_plots_are_drawn_where_there_is_something_to_draw(
+    controlled: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
     pytest.importorskip("matplotlib")
-    report = train_family(family(made, tmp_path / "out", control=True, max_steps=1), plots=True, quiet=True)
-    assert (tmp_path / "out" / "family.png").read_bytes()[1:4] == b"PNG"
-    for row in report["students"]:
-        row["evaluation"] = None
-    assert not draw_family(report, tmp_path / "none.png")
+    out, report = controlled
+    assert (out / "family.png").read_bytes()[1:4] == b"PNG"
+    unmeasured = {**report, "students": [{**row, "evaluation": None} for row in report["students"]]}
+    assert not draw_family(unmeasured, tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
 
 
@@ -340,13 +355,12 @@ def test_students_that_cannot_be_built_are_refused_before_the_first_is_trained(m
         check_family(described)
 
 
-def test_folders_of_something_else_are_refused(made: Path, tmp_path: Path) -> None:
-    described = family(made, tmp_path / "out", max_steps=1)
-    train_family(described, plots=False, quiet=True)
+def test_folders_of_something_else_are_refused(made: Path, trained: tuple[Path, dict[str, Any]]) -> None:
+    out, _ = trained
     with pytest.raises(WouldLoseDataError, match="student one-layer: "):
-        train_family(family(made, tmp_path / "out", max_steps=2), quiet=True)
+        train_family(family(made, out, max_steps=2), quiet=True)
     with pytest.raises(WouldLoseDataError, match="not-a-family"):
-        train_family(family(made, tmp_path / "out" / "fresh"), quiet=True)
+        train_family(family(made, out / "fresh"), quiet=True)
 
 
 def test_a_family_has_one_process(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,12 +11,12 @@ import pytest
 import torch
 import transformers
 
+from cache_spec.commit import publish_shard
 from cache_spec.errors import WouldLoseDataError
 from cache_spec.layout import array_specs
 from cache_spec.reader import CacheReader
 from cache_spec.targets import Array, HiddenTargets, dense
 from cache_spec.validate import verify_cache
-from pipeline import shard
 from pipeline.capture import capture
 from pipeline.config import CaptureConfig, TranscodeConfig
 from pipeline.estimate import estimate
@@ -172,8 +172,8 @@ def test_a_run_that_was_cut_short_ends_with_the_same_arrays(tmp_path: Path, monk
         done.append(1)
         return original(*args, **kwargs)
 
-    original = shard.capture_shard
-    monkeypatch.setattr("pipeline.capture.capture_shard", interrupt)
+    original = publish_shard
+    monkeypatch.setattr("pipeline.place.publish_shard", interrupt)
     again = config.model_copy(update={"out": tmp_path / "again"})
     with pytest.raises(KeyboardInterrupt):
         capture(again)

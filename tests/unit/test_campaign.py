@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import cloudpickle
 import pytest
-from dask.distributed import Client, LocalCluster
+from dask.distributed import Client, Future, LocalCluster
 
 from cache_spec.errors import BadInputError, KdpipeError
 from cache_spec.manifest import BlocksInfo
@@ -175,6 +176,31 @@ def test_events_are_one_json_object_a_line(client: Client, capsys: pytest.Captur
     assert Counter(event["event"] for event in events) == {"begun": 1, "committed": 2, "retried": 1}
     assert (events[0]["shards_done"], events[0]["tokens_left"]) == (1, 32)
     assert (events[-1]["shards_done"], events[-1]["tokens_left"], events[-1]["bytes_written"]) == (3, 0, 200)
+
+
+def test_a_result_that_is_long_in_coming_holds_up_no_other(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when the worker that holds it is frozen, or cut off."""
+    gather: Any = client._gather
+
+    async def slow(futures: list[Future[Any]], *args: Any, **kwargs: Any) -> Any:
+        _, shard, _ = cast(tuple[str, int, int], futures[0].key)
+        while shard == 0 and len(begun) < NUM_SHARDS:
+            await asyncio.sleep(0.01)
+        return await gather(futures, *args, **kwargs)
+
+    monkeypatch.setattr(client, "_gather", slow)
+    assert run(client).num_done == NUM_SHARDS
+    assert begun == Counter(range(NUM_SHARDS))
+
+
+def test_a_worker_that_does_not_answer_keeps_nobody_from_beginning(
+    client: Client, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("pipeline.campaign.check_worker", lambda ref: time.sleep(1.0))
+    with Progress(blocks(), [], events=True) as progress:
+        options: dict[str, Any] = {"out": Path("out"), "retries": 1, "timeout_s": 0.3, "progress": progress}
+        Campaign(client, JobRef("nowhere", "0"), **options).check_workers()
+    assert "worker-silent" in capsys.readouterr().err
 
 
 def test_a_connection_that_breaks_costs_no_shard(client: Client) -> None:

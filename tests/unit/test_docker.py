@@ -66,7 +66,7 @@ def test_each_variant_is_a_stage_and_no_index_is_built_in() -> None:
     assert "TORCH_INDEX=" in arguments("ARG", ("build",))
     texts = [path.read_text() for path in (*DOCKER.iterdir(), ROOT / ".dockerignore")]
     urls = {match for text in texts for match in re.findall(r"https?://([\w.-]+)", text)}
-    assert urls == {"scheduler", "127.0.0.1"}
+    assert urls == {"scheduler", "s3", "127.0.0.1"}
 
 
 @pytest.mark.parametrize("name", SERVICES)
@@ -111,3 +111,21 @@ def test_whoever_writes_caches_shares_one_volume_and_inputs_are_read_only() -> N
 
 def test_the_services_with_gpus_are_services() -> None:
     assert set(yaml.safe_load((DOCKER / "compose.cuda.yaml").read_text())["services"]) <= set(SERVICES)
+
+
+def test_with_a_store_the_capture_writes_where_the_trainer_reads() -> None:
+    text = (DOCKER / "compose.s3.yaml").read_text()
+    services = yaml.safe_load(text)["services"]
+    assert set(services) - set(SERVICES) == {"s3"}
+    said = {name: services[name]["command"] for name in ("capture", "trainer")}
+    address = said["capture"][said["capture"].index("--store") + 1]
+    assert said["trainer"][said["trainer"].index("--cache") + 1] == address
+    # What the store changes is the address: all else is as without it.
+    plain = [word for word in said["capture"] if word not in ("--store", address)]
+    assert plain == SERVICES["capture"]["command"]
+    assert [address if word == "/caches/cache" else word for word in SERVICES["trainer"]["command"]] == said["trainer"]
+    for name in ("worker", "capture", "trainer"):
+        assert {"AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"} <= set(services[name]["environment"])
+    assert "ports" not in services["s3"]
+    assert re.search(r"\$\{S3_PASSWORD:\?", text), "a password is built in"
+    assert re.fullmatch(r"\$\{S3_IMAGE:-[\w./-]+:[\w.-]+\}", services["s3"]["image"])

@@ -17,7 +17,7 @@ from cache_spec.encodings import Encoding
 from cache_spec.errors import CacheError, KdpipeError
 from cache_spec.local_copy import LocalCopy
 from cache_spec.reader import CacheReader
-from cache_spec.receipts import SEAL_NAME, receipt_name
+from cache_spec.receipts import SEAL_NAME, receipt_object
 from cache_spec.store import ObjectStore
 from tests.object_stores import RunningS3, upload
 from tests.synthetic import ENCODINGS, make_manifest, make_rows, write_cache
@@ -205,8 +205,8 @@ def test_a_temporary_file_of_a_killed_process_is_in_nobodys_way(
         ("input_ids/c.1.0", "flip", "shard-digest"),
         ("input_ids/c.1.0", "cut", "truncated-shard"),
         ("input_ids/c.1.0", "delete", "missing-shard"),
-        (receipt_name(1), "flip", "digest-mismatch"),
-        (receipt_name(1), "delete", "unfinished-cache"),
+        (receipt_object(1), "flip", "digest-mismatch"),
+        (receipt_object(1), "delete", "unfinished-cache"),
         ("input_ids/zarr.json", "flip", "file-mismatch"),
         ("input_ids/zarr.json", "delete", "missing-file"),
         ("manifest.json", "delete", "not-a-cache"),

@@ -160,8 +160,7 @@ class Operations(TorchDispatchMode):
 
 @pytest.mark.parametrize(("form", "divergence"), DIVERGENCES)
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("softcap", [None, 8.0])
+@pytest.mark.parametrize(("dtype", "softcap"), [(torch.float32, None), (torch.bfloat16, 8.0)])
 def test_logits_exist_for_one_chunk_of_rows_at_a_time(
     form: str, divergence: Divergence, temperature: float, dtype: torch.dtype, softcap: float | None
 ) -> None:

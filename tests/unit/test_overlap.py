@@ -24,7 +24,7 @@ def test_results_keep_their_order_and_the_next_item_is_made_meanwhile() -> None:
         assert threading.current_thread() is not threading.main_thread()
         return number * number
 
-    assert overlapped(items(), finish) == [0, 1, 4, 9, 16]
+    assert list(overlapped(items(), finish)) == [0, 1, 4, 9, 16]
 
 
 def test_no_more_items_wait_than_stated() -> None:
@@ -42,7 +42,7 @@ def test_no_more_items_wait_than_stated() -> None:
         threading.Event().wait(0.002)
         num_finished += 1
 
-    overlapped(items(), finish)
+    list(overlapped(items(), finish))
     assert 1 < most <= DEPTH + 2  # one is finished, one is being made
 
 
@@ -62,5 +62,5 @@ def test_a_failure_of_either_side_is_raised_and_ends_the_other(side: str) -> Non
         finished.append(number)
 
     with pytest.raises(OSError, match="three"):
-        overlapped(items(), finish)
+        list(overlapped(items(), finish))
     assert len(finished) <= 5

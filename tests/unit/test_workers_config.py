@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
-from pipeline.cluster import local_threads
+from pipeline.cluster import local_cluster, local_threads
 from pipeline.workers_config import WorkersConfig
+from tests.refusals import refused
 
 TLS = {"tls_ca": Path("a"), "tls_cert": Path("b"), "tls_key": Path("c")}
 
@@ -34,3 +36,10 @@ def test_workers_share_the_cpus_of_one_machine_and_those_of_a_cluster_keep_their
     assert local_threads(WorkersConfig(workers=1000)) == 1
     assert local_threads(WorkersConfig(workers=2, worker_threads=3)) == 3
     assert local_threads(WorkersConfig(scheduler="tls://there:1", **TLS)) is None
+
+
+def test_without_the_package_for_certificates_workers_stay_on_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    told = refused("no-cryptography", local_cluster(1, host="192.0.2.1").__enter__)
+    assert "--workers-host" in told
+    assert "pip install cryptography" in told
