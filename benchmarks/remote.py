@@ -1,8 +1,9 @@
 """``python -m benchmarks.remote``: how long training waits for a cache in a store, against one on a local disk.
 
-In: sizes of a made-up cache, and how long a step takes. Out: JSON: seconds that the consumer of batches waits in
-the first window of shards, and the share of the time after it that it waits, in training order, in turns: from a folder; from an S3 server on
-loopback with an empty copy, with a full one, and with an empty one and no shard fetched ahead. Offline.
+In: sizes of a made-up cache, and how long a step takes. Out: JSON: seconds that the consumer of batches waits in the
+first window of shards, and the share of the time after it that it waits, in training order, in turns: from a folder;
+from an S3 server on loopback with an empty copy, with a full one, and with an empty one and no shard fetched ahead.
+Offline.
 """
 
 from __future__ import annotations
