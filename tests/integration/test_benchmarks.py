@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import faults_training, memory, quantisation, remote, teacher
+from benchmarks import faults_training, memory, quantisation, remote, stores, teacher
 from benchmarks.capture import __main__ as capture
 from benchmarks.training import __main__ as training
 from cache_spec.encodings.topk import TopK
@@ -126,3 +127,14 @@ def test_the_benchmark_of_a_remote_cache_tells_what_training_waits(
     assert report["fetched_bytes"] > 0
     for way in ("local", "cold", "warm", "cold_without_read_ahead"):
         assert 0 <= report[way]["wait_share"] < 1
+
+
+def test_the_stores_benchmark_measures_each_library(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    report = run(stores, capsys, monkeypatch, "--large", 1, "--small", 2, "--listed", 3, "--rounds", 1)
+    assert set(report["obstore"]) == {f"{verb}_{size}_s" for verb in ("put", "get") for size in ("4_mib", "64_kib")} | {
+        "list_s"
+    }
+    assert all(seconds > 0 for seconds in report["obstore"].values())
