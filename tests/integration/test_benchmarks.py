@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import faults_training, memory, quantisation, stores, teacher
+from benchmarks import faults_training, memory, quantisation, remote, stores, teacher
 from benchmarks.capture import __main__ as capture
 from benchmarks.training import __main__ as training
 from cache_spec.encodings.topk import TopK
@@ -117,6 +117,16 @@ def test_the_quick_start_of_the_readme_runs_as_it_stands(tmp_path: Path, monkeyp
     for program, *arguments in commands:
         assert program == "kdpipe"
         assert cli.run([part.replace("work/", f"{tmp_path}/") for part in arguments]) == 0
+
+
+def test_the_benchmark_of_a_remote_cache_tells_what_training_waits(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = "--shards 6 --shard-blocks 2 --block-tokens 8 --vocabulary 50 --k 3 --batch-blocks 2 --step-ms 1 --turns 1"
+    report = run(remote, capsys, monkeypatch, *sizes.split())
+    assert report["fetched_bytes"] > 0
+    for way in ("local", "cold", "warm", "cold_without_read_ahead"):
+        assert 0 <= report[way]["wait_share"] < 1
 
 
 def test_the_stores_benchmark_measures_each_library(
