@@ -30,7 +30,7 @@ from cache_spec.manifest import Manifest
 from cache_spec.masking import REPLACEMENTS, SELECTED, MaskedText, at_positions, checked_masking, masked_text
 from cache_spec.read_ahead import ReadAhead
 from cache_spec.receipts import Receipt, read_manifest, read_receipt, read_seal, small_file_errors, unfinished
-from cache_spec.shardfile import decode_chunk, decode_index, index_bytes
+from cache_spec.shardfile import decode_chunk, decode_index, index_bytes, max_shard_bytes
 from cache_spec.store import is_url
 from cache_spec.tables import read_table, table_paths
 from cache_spec.targets import Array, Targets
@@ -39,7 +39,7 @@ from cache_spec.targets import Array, Targets
 _OPEN_SHARDS = 16
 _KEPT_RECEIPTS = 256
 _SHARDS_AHEAD = 2
-_PLAIN = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+_PLAIN = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +68,7 @@ class ShardFile:
         except OSError as error:
             raise CacheError("missing-shard", self._place, found=error.strerror) from None
         found, expected = os.fstat(self._handle).st_size, receipt.files[spec.name].num_bytes
-        if found != expected or found < index_bytes(spec):
+        if found != expected or not index_bytes(spec) <= found <= max_shard_bytes(spec):
             raise CacheError("truncated-shard", self._place, expected=f"{expected} bytes", found=found)
         tail = os.pread(self._handle, index_bytes(spec), found - index_bytes(spec))
         self._ranges = decode_index(spec, tail, found, receipt.num_blocks, self._place)

@@ -65,6 +65,10 @@ class ReadableStore(Protocol):
         """Content of an object; None if there is none."""
         ...
 
+    def get_many(self, names: Iterable[str]) -> Iterator[bytes | None]:
+        """Contents of objects in the order of ``names``, in as few round trips as the store allows."""
+        ...
+
     def list(self, prefix: str = "") -> Iterator[Listed]:
         """Every object whose name begins with ``prefix``, a folder's name and a slash."""
         ...
@@ -82,6 +86,10 @@ def is_url(path: object) -> bool:
 
 def open_store(url: str) -> ReadableStore:
     """The store at ``url``, to be read; BadInputError ``bad-url``."""
+    if url.startswith("hf://"):
+        from cache_spec.hub import HubStore
+
+        return HubStore(url)
     return ObjectStore(url)
 
 

@@ -21,6 +21,11 @@ from cache_spec.store import ObjectStore, Version
 _CLAIM = b'{"claim":'
 
 
+def is_claim(data: bytes | None) -> bool:
+    """Whether what lies under a receipt's name is only a claim."""
+    return data is not None and data.startswith(_CLAIM)
+
+
 def stored_receipt(store: ObjectStore, manifest: Manifest, shard: int) -> Receipt | None:
     """The receipt of a shard, checked against the manifest; None if there is none, or only a claim."""
     return _receipt(store, manifest, shard, store.get(receipt_object(shard)))
@@ -39,7 +44,7 @@ def stored_receipts(
 
 
 def _receipt(store: ObjectStore, manifest: Manifest, shard: int, data: bytes | None) -> Receipt | None:
-    if data is None or data.startswith(_CLAIM):
+    if data is None or is_claim(data):
         return None
     return parse_receipt(data, manifest, shard, f"{store.url}/{receipt_object(shard)}")
 
@@ -66,7 +71,7 @@ def _committed(store: ObjectStore, manifest: Manifest, packed: PackedShard) -> b
     claimed = store.put_new(name, claim)
     if claimed is None:
         found = store.get_versioned(name)
-        if found is None or not found[0].startswith(_CLAIM):
+        if found is None or not is_claim(found[0]):
             return False
         claimed = store.replace(name, claim, found[1])
         if claimed is None:
@@ -84,15 +89,18 @@ def _committed(store: ObjectStore, manifest: Manifest, packed: PackedShard) -> b
 
 def require_conditions(store: ObjectStore) -> None:
     """BadInputError ``no-conditions`` for a store that writes whatever is there already."""
+    if not keeps_conditions(store):
+        expected = "a store that puts an object only where there is none, or the one that was seen"
+        raise BadInputError("no-conditions", store.url, expected=expected, hint="capture to a folder, then push it")
+
+
+def keeps_conditions(store: ObjectStore) -> bool:
+    """Whether a store does not write whatever is there already: tried with an object that is taken away again."""
     name = f".probe-{secrets.token_hex(8)}"
-    hint = "capture to a folder, then push it"
     try:
         first = store.put_new(name, b"1")
         kept = first is not None and store.put_new(name, b"2") is None
         second = store.replace(name, b"3", first or Version(None, None))
-        kept = kept and second is not None and store.replace(name, b"4", first or Version(None, None)) is None
+        return kept and second is not None and store.replace(name, b"4", first or Version(None, None)) is None
     finally:
         store.delete([name])
-    if not kept:
-        expected = "a store that puts an object only where there is none, or the one that was seen"
-        raise BadInputError("no-conditions", store.url, expected=expected, hint=hint)

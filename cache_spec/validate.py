@@ -32,9 +32,11 @@ from cache_spec.receipts import (
     read_seal,
     receipt_object,
     receipts_digest,
+    refuse_absurd,
     small_file_errors,
     unfinished,
 )
+from cache_spec.smallfile import read_small
 from cache_spec.tables import read_table, table_paths
 from cache_spec.targets import Array
 
@@ -78,6 +80,7 @@ def verify_cache(
     problems = Problems()
     with problems.collecting():
         manifest = read_manifest(cache)
+        refuse_absurd(cache, manifest)
         problems += (Problem(e.kind, e.place, e.expected, e.found) for e in small_file_errors(cache, manifest))
         problems += _metadata_problems(cache, manifest)
         for name in sorted(manifest.tables):
@@ -117,6 +120,7 @@ def verify_names(cache: Path) -> list[Problem]:
     problems = Problems()
     with problems.collecting():
         manifest = read_manifest(cache)
+        refuse_absurd(cache, manifest)
         problems += (Problem(e.kind, e.place, e.expected, e.found) for e in small_file_errors(cache, manifest))
         problems += _metadata_problems(cache, manifest)
         for path in table_paths(manifest):
@@ -168,7 +172,7 @@ def _metadata_problems(cache: Path, manifest: Manifest) -> Iterator[Problem]:
             yield Problem("missing-file", str(path), "listed in the manifest", None)
             continue
         try:
-            content = path.read_bytes()
+            content = read_small(path)
             if path.is_symlink() or sha256_hex(content) != manifest.files[name]:
                 continue  # reported with the other small files
             same = _said(json.loads(content)) == _said(json.loads(data))

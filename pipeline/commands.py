@@ -167,6 +167,41 @@ def repair(cache: Path | str, teacher: str | None, gguf_file: str | None, dry_ru
     return EXIT_BAD_INPUT if facts.get("problems") else EXIT_DONE
 
 
+@click.command()
+@cache_argument
+@click.argument("url")
+@click.option("--private", is_flag=True, help="Make the dataset on the Hub private, if it is made now.")
+@dry_run
+@as_json
+def push(cache: Path, url: str, private: bool, dry_run: bool, as_json: bool) -> None:
+    """Send a finished cache to a store, or to the Hugging Face Hub.
+
+    URL is s3://BUCKET/…, gs://…, az://…, or hf://datasets/ORG/NAME. Run the same command again to go on after an
+    interruption.
+    """
+    from pipeline.push import describe_push
+    from pipeline.push import push as send
+
+    facts = send(cache, url, private=private, dry_run=dry_run, quiet=as_json)
+    emit(as_json, facts, describe_push(facts))
+
+
+@click.command()
+@click.argument("url")
+@click.argument("folder", type=click.Path(path_type=Path))
+@as_json
+def pull(url: str, folder: Path, as_json: bool) -> None:
+    """Bring a finished cache from a store, or from the Hugging Face Hub.
+
+    Every file is compared with its digest. Run the same command again to go on after an interruption.
+    """
+    from pipeline.pull import describe_pull
+    from pipeline.pull import pull as bring
+
+    facts = bring(url, folder, quiet=as_json)
+    emit(as_json, facts, describe_pull(facts))
+
+
 @click.command("inspect")
 @cache_argument
 @copy_options

@@ -29,6 +29,8 @@ COMMANDS = {
     "transcode": "Make a smaller cache from a richer one, without the teacher.",
     "verify": "Report every problem of a cache.",
     "repair": "Recompute what is bad in a cache, and nothing else.",
+    "push": "Send a finished cache to a store, or to the Hugging Face Hub.",
+    "pull": "Bring a finished cache from a store, or from the Hugging Face Hub.",
     "inspect": "Show what is in a cache and what it costs.",
     "train-student": "Train a student from a cache, without the teacher.",
     "evaluate": "Measure models on text and against a cache.",

@@ -10,6 +10,7 @@ from typing import Any
 import hypothesis
 import pytest
 
+from tests.hubs import RunningHub, running_hub
 from tests.object_stores import RunningS3, running_s3
 
 # How long an example takes says more of the machine than of the code.
@@ -47,3 +48,26 @@ def s3(_s3_server: RunningS3, monkeypatch: pytest.MonkeyPatch) -> RunningS3:
     for name, value in _s3_server.environment.items():
         monkeypatch.setenv(name, value)
     return _s3_server
+
+
+@pytest.fixture(scope="session")
+def _hub_server() -> Iterator[RunningHub]:
+    with running_hub() as server:
+        yield server
+
+
+@pytest.fixture
+def hub(_hub_server: RunningHub, monkeypatch: pytest.MonkeyPatch) -> RunningHub:
+    """A Hub that all tests share, each with data sets of its own; this process may reach it, and no other."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import close_session  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(constants, "ENDPOINT", _hub_server.url)
+    template = f"{_hub_server.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setenv("HF_TOKEN", "hf_test")
+    _hub_server.tell("clear")
+    close_session()
+    return _hub_server

@@ -35,10 +35,14 @@ MAX_CORPUS_BYTES = 400_000
 NOT_ABOUT_READING = {
     "cannot-write": "tests/unit/test_durable.py",
     "no-dense-meaning": "tests/unit/test_targets_dense.py",
+    "bad-packs": "tests/unit/test_packs.py",
+    "hub-offline": "tests/unit/test_push_hub.py",
     "bad-url": "tests/unit/test_store.py",
     "store-refused": "tests/unit/test_store.py",
     "store-failed": "tests/unit/test_store.py",
     "shard-taken": "tests/property/test_store_commit.py",
+    "copy-too-small": "tests/unit/test_local_copy.py",
+    "cache-changed": "tests/unit/test_local_copy.py",
     "no-conditions": "tests/integration/test_store_capture.py",
 }
 

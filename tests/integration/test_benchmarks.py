@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -10,9 +11,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks import faults_training, memory, quantisation, teacher
+from benchmarks import faults_training, memory, quantisation, stores, teacher
 from benchmarks.capture import __main__ as capture
-from benchmarks.faults import __main__ as faults
 from benchmarks.training import __main__ as training
 from cache_spec.encodings.topk import TopK
 from pipeline import cli
@@ -26,21 +26,6 @@ def run(module: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
     monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
     module.main()
     return json.loads(capsys.readouterr().out)
-
-
-@pytest.mark.slow
-def test_the_fault_campaign_counts_what_is_lost(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sizes = "--kills 1 --changes 6 --power-states 10 --power-resumes 1 --disk-errors 2 --races 2 --fuzzed 200"
-    report = run(faults, capsys, monkeypatch, *sizes.split(), "--tokens", 1024)
-    assert (report["kill"]["kills"], report["kill"]["different_after_resume"]) == (1, 0)
-    assert report["change"] == {"changes": 6, "detected": 6, "missed": []}
-    assert (report["power"]["wrong"], report["power"]["resumed"]) == (0, 1)
-    assert report["disk"]["wrong"] == 0
-    assert report["disk"]["refused"] > 0
-    assert (report["race"]["races"], report["race"]["wrong"]) == (2, 0)
-    assert (report["fuzz"]["inputs"], report["fuzz"]["untyped"]) == (200, 0)
 
 
 @pytest.mark.slow
@@ -132,3 +117,14 @@ def test_the_quick_start_of_the_readme_runs_as_it_stands(tmp_path: Path, monkeyp
     for program, *arguments in commands:
         assert program == "kdpipe"
         assert cli.run([part.replace("work/", f"{tmp_path}/") for part in arguments]) == 0
+
+
+def test_the_stores_benchmark_measures_each_library(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    report = run(stores, capsys, monkeypatch, "--large", 1, "--small", 2, "--listed", 3, "--rounds", 1)
+    assert set(report["obstore"]) == {f"{verb}_{size}_s" for verb in ("put", "get") for size in ("4_mib", "64_kib")} | {
+        "list_s"
+    }
+    assert all(seconds > 0 for seconds in report["obstore"].values())
