@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import base64
+import io
 import os
 import pickle
 import re
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +71,21 @@ def test_what_was_pushed_is_pulled_and_every_revision_is_whole_or_none(
     assert sent(cache, url)["sent_objects"] == 0
     assert not [request for request in hub.tell("requests") if request.startswith("PUT") or "/commit/" in request]
     assert not (cache / STAGING_NAME).exists()
+
+
+def test_any_zip_reader_makes_the_cache_of_what_lies_on_the_hub(
+    cache: Path, hub: RunningHub, repo: str, tmp_path: Path
+) -> None:
+    url = f"hf://datasets/{repo}"
+    sent(cache, url)
+    store = HubStore(url)
+    for name in (MANIFEST_NAME, SEAL_NAME):
+        (tmp_path / name).write_bytes(store.get(name) or b"")
+    for name in hub.tell("files", repo=repo):
+        if name.endswith(".zip"):
+            with zipfile.ZipFile(io.BytesIO(store.get(name) or b"")) as archive:
+                archive.extractall(tmp_path)
+    assert contents(tmp_path) == contents(cache)
 
 
 def test_a_cache_fits_into_a_folder_of_a_branch(cache: Path, hub: RunningHub, repo: str, tmp_path: Path) -> None:
