@@ -15,7 +15,6 @@ import multiprocessing
 import os
 import random
 import shutil
-import subprocess
 import tempfile
 import time
 from pathlib import Path
@@ -24,7 +23,6 @@ from typing import Any
 import torch
 
 import train.loop  # noqa: F401 (what takes seconds is imported once)
-from benchmarks.faults.kills import capture_command
 from pipeline import cli
 from pipeline.demo import TEACHER
 from train.run_folder import CLOCK_METRICS, read_metrics
@@ -34,6 +32,12 @@ _OPTIONS = (
     "--num-layers 1 --batch-blocks 4 --accumulate 2 --checkpoint-every 1 --log-every 1 --dropout 0.1"
     " --cosine-weight 0.5 --device cpu --precision fp32 --no-tensorboard --json"
 )
+
+
+def capture_command(out: Path) -> list[str]:
+    source = ["cache-teacher", "--teacher", str(TEACHER), "--text", "python-docs:train", "--out", str(out)]
+    sizes = {"block-tokens": 64, "limit-tokens": TOKENS, "batch-blocks": 8, "shard-blocks": 16, "hidden-window": 8}
+    return [*source, "--encoding", "topk", "--k", "16", *(p for k, v in sizes.items() for p in (f"--{k}", str(v)))]
 
 
 def training_command(cache: Path, out: Path, more: str) -> list[str]:
@@ -78,9 +82,9 @@ def state_at_kill(out: Path) -> str:
 def campaign(folder: Path, kills: int, rng: random.Random, more: str) -> dict[str, Any]:
     """Kill ``kills`` processes; count the runs that end unlike the undisturbed one."""
     cache = folder / "cache"
-    subprocess.run(
-        capture_command(cache, TOKENS, 0, "topk") + ["--hidden-window", "8"], check=True, capture_output=True
-    )
+    child = start(capture_command(cache))
+    child.join()
+    assert child.exitcode == 0
     seconds = 0.0
     for name in ("warm", "clean"):  # the second start tells how long one takes
         began = time.perf_counter()

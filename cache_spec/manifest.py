@@ -25,6 +25,8 @@ MANIFEST_NAME = "manifest.json"
 
 # A teacher is its weights, wherever they lie; small files may differ between library versions; neither changes arrays.
 _NOT_CONTENT: dict[str, Any] = {"files": True, "provenance": True, "teacher": {"name", "revision"}}
+_MAX_JSON_PARTS = 1 << 17
+MAX_TEMPERATURES = 1000
 Sha256 = Field(pattern=r"^[0-9a-f]{64}$")
 
 
@@ -142,7 +144,7 @@ class Manifest(Record):
     corpus: CorpusInfo
     blocks: BlocksInfo
     encoding: Encoding
-    temperatures: tuple[float, ...]
+    temperatures: tuple[float, ...] = Field(max_length=MAX_TEMPERATURES)
     hidden: HiddenInfo | None
     masking: MaskingInfo | None = None
     """Of a masked language model; absent where the teacher predicts the next token."""
@@ -234,7 +236,7 @@ class Manifest(Record):
         try:
             manifest = cls.model_validate_json(json.dumps(body))
         except ValidationError as error:
-            first = error.errors()[0]
+            first = error.errors(include_url=False, include_context=False, include_input=False)[0]
             where = ".".join(str(part) for part in first["loc"])
             raise CacheError("bad-manifest", f"{place}: {where or 'manifest'}", found=first["msg"]) from None
         if fingerprint != manifest.fingerprint:
@@ -251,6 +253,9 @@ def seal_json(body: Mapping[str, object]) -> bytes:
 
 def load_sealed(data: bytes, place: object) -> dict[str, Any]:
     """The object of a sealed JSON file, without its digest; any changed byte is refused."""
+    if sum(map(data.count, (b"[", b"{", b","))) > _MAX_JSON_PARTS:
+        # Each takes many times its own bytes of memory once it is parsed.
+        raise CacheError("broken-json", place, expected=f"at most {_MAX_JSON_PARTS} values")
     try:
         body = json.loads(data)
         if not isinstance(body, dict) or "digest" not in body:

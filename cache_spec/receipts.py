@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -17,11 +18,13 @@ from pydantic import Field, ValidationError
 from cache_spec.durable import replace_file
 from cache_spec.errors import CacheError
 from cache_spec.layout import array_specs
-from cache_spec.manifest import MANIFEST_NAME, Manifest, Sha256, load_sealed, seal_json, sha256_hex
+from cache_spec.manifest import MANIFEST_NAME, Manifest, Sha256, load_sealed, seal_json
 from cache_spec.record import Record
+from cache_spec.smallfile import MAX_RECEIPT_BYTES, read_small, small_file_digest
 
 SEAL_NAME = "seal.json"
 RECEIPTS_FOLDER = "receipts"
+_MOST_UNSEEN_SHARDS = 200_000
 
 
 class FileReceipt(Record):
@@ -85,7 +88,7 @@ def read_manifest(cache: Path) -> Manifest:
     """The manifest of a cache folder; CacheError ``not-a-cache`` if there is none."""
     path = cache / MANIFEST_NAME
     try:
-        data = path.read_bytes()
+        data = read_small(path)
     except OSError as error:
         raise CacheError(
             "not-a-cache", cache, expected=f"a folder with {MANIFEST_NAME}", found=error.strerror
@@ -103,12 +106,12 @@ def small_file_errors(cache: Path, manifest: Manifest) -> Iterator[CacheError]:
     """What is wrong with the small files that the manifest lists: array metadata, tokenizer, teacher configuration."""
     for name, expected in sorted(manifest.files.items()):
         path = cache / name
-        above = [cache / folder for folder in list(PurePosixPath(name).parents)[:-1]]
-        if not is_inside(name) or any(part.is_symlink() for part in (path, *above)):
-            yield CacheError("unsafe-path", name, expected="a plain file inside the cache")
-            continue
         try:
-            digest = sha256_hex(path.read_bytes())
+            above = [cache / folder for folder in list(PurePosixPath(name).parents)[:-1]]
+            if not is_inside(name) or any(part.is_symlink() for part in (path, *above)):
+                yield CacheError("unsafe-path", name, expected="a plain file inside the cache")
+                continue
+            digest = small_file_digest(path)
         except OSError as error:
             yield CacheError("missing-file", path, found=error.strerror)
             continue
@@ -119,7 +122,7 @@ def small_file_errors(cache: Path, manifest: Manifest) -> Iterator[CacheError]:
 def _read(path: Path) -> bytes | None:
     """Content of a sealed JSON file; None if there is no file, CacheError if it cannot be read."""
     try:
-        return path.read_bytes()
+        return read_small(path, MAX_RECEIPT_BYTES)
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -220,6 +223,15 @@ def receipts_digest(cache: Path, manifest: Manifest) -> str:
 def committed_shards(cache: Path, manifest: Manifest) -> list[int]:
     """Shards that have a receipt, ascending."""
     return [s for s in range(manifest.blocks.num_shards) if receipt_path(cache, s).exists()]
+
+
+def refuse_absurd(cache: Path, manifest: Manifest) -> None:
+    """Raise ``unfinished-cache`` where a manifest claims so many shards that to go through them would not end."""
+    folder = cache / RECEIPTS_FOLDER
+    num_files = len(os.listdir(folder)) if folder.is_dir() else 0
+    if manifest.blocks.num_shards > _MOST_UNSEEN_SHARDS + num_files:
+        found = f"{num_files} receipts"
+        raise CacheError("unfinished-cache", cache, expected=f"{manifest.blocks.num_shards} shards", found=found)
 
 
 def unfinished(cache: Path, manifest: Manifest) -> CacheError:

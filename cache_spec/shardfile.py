@@ -19,6 +19,8 @@ from cache_spec.targets import Array
 
 _SHUFFLES = {"noshuffle": blosc.NOSHUFFLE, "shuffle": blosc.SHUFFLE, "bitshuffle": blosc.BITSHUFFLE}
 _EMPTY = (1 << 64) - 1
+MAX_OVERHEAD_BYTES = 64
+"""At most what Blosc's header, a frame that does not compress, and the checksum add to a chunk."""
 _CRC_BYTES = 4
 _BLOSC_HEADER_BYTES = 16
 _BLOSC_SIZES = struct.Struct("<III")
@@ -29,6 +31,11 @@ _CRC_OF_CHECKED = 0x48674BC7
 def index_bytes(spec: ArraySpec) -> int:
     """Size of the index at the end of a shard file."""
     return 16 * spec.chunks_in_shard + _CRC_BYTES
+
+
+def max_shard_bytes(spec: ArraySpec) -> int:
+    """More than a shard's file can take."""
+    return spec.chunks_in_shard * (spec.chunk_bytes + MAX_OVERHEAD_BYTES) + index_bytes(spec)
 
 
 def encode_shard(spec: ArraySpec, rows: Array) -> bytes:
@@ -75,9 +82,11 @@ def decode_index(spec: ArraySpec, data: bytes, file_bytes: int, num_rows: int, p
     if (used == _EMPTY).any() or (unused != _EMPTY).any():
         raise CacheError("missing-chunk", place, expected=f"exactly the first {num_chunks} chunks present")
     end = file_bytes - index_bytes(spec)
+    limit = spec.chunk_bytes + MAX_OVERHEAD_BYTES
     # Compared as Python integers: uint64 sums wrap around.
-    if any(not _CRC_BYTES < size <= end - offset for offset, size in used.tolist()):
-        raise CacheError("bad-chunk-range", place, expected=f"chunks inside the first {end} bytes")
+    if any(not _CRC_BYTES < size <= min(end - offset, limit) for offset, size in used.tolist()):
+        expected = f"chunks of at most {limit} bytes inside the first {end} bytes"
+        raise CacheError("bad-chunk-range", place, expected=expected)
     return used
 
 

@@ -18,12 +18,10 @@ from cache_spec.durable import make_folder, replace_file
 from cache_spec.errors import CacheError
 from cache_spec.layout import ArraySpec, create_table, store_contents, table_chunks
 from cache_spec.manifest import Manifest
-from cache_spec.shardfile import decode_chunk
+from cache_spec.shardfile import MAX_OVERHEAD_BYTES, decode_chunk
 from cache_spec.targets import Array, Geometry, TablePart
 
 METADATA_NAME = "zarr.json"
-# What Blosc's header, a frame that does not compress, and the checksum add to a chunk.
-_MAX_OVERHEAD_BYTES = 64
 
 
 def table_digest(values: Array) -> str:
@@ -87,7 +85,7 @@ def _read_chunk(path: Path, chunk_bytes: int) -> bytes:
     except OSError as error:
         raise CacheError("missing-table", path, found=error.strerror) from None
     with open(handle, "rb") as file:
-        limit, found = chunk_bytes + _MAX_OVERHEAD_BYTES, os.fstat(handle).st_size
+        limit, found = chunk_bytes + MAX_OVERHEAD_BYTES, os.fstat(handle).st_size
         if found > limit:
             raise CacheError("table-mismatch", path, expected=f"at most {limit} bytes", found=found)
         return file.read()

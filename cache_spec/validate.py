@@ -20,7 +20,7 @@ from cache_spec.encodings.hidden import checked_scales
 from cache_spec.errors import CacheError
 from cache_spec.layout import array_specs, target_arrays, zarr_metadata
 from cache_spec.listing import list_cache
-from cache_spec.manifest import Manifest, sha256_hex
+from cache_spec.manifest import MANIFEST_NAME, Manifest, sha256_hex
 from cache_spec.masking import REPLACEMENTS, SELECTED, checked_masking, masking_errors
 from cache_spec.reader import ShardFile
 from cache_spec.receipts import (
@@ -30,10 +30,13 @@ from cache_spec.receipts import (
     read_manifest,
     read_receipt,
     read_seal,
+    receipt_object,
     receipts_digest,
+    refuse_absurd,
     small_file_errors,
     unfinished,
 )
+from cache_spec.smallfile import read_small
 from cache_spec.tables import read_table, table_paths
 from cache_spec.targets import Array
 
@@ -62,15 +65,22 @@ class Problems(list[Problem]):
             self.append(Problem(error.kind, error.place, error.expected, error.found))
 
 
-def verify_cache(cache: Path, on_shard: Callable[[int], object] = lambda shard: None) -> list[Problem]:
+def _nothing(shard: int) -> None:
+    pass
+
+
+def verify_cache(
+    cache: Path, on_shard: Callable[[int], object] = _nothing, before_shard: Callable[[int], object] = _nothing
+) -> list[Problem]:
     """All problems of a cache; an empty list means that it is finished and whole.
 
     Every byte of every file is read: digests first, then the meaning of each array. ``on_shard`` is called after
-    each shard, for progress.
+    each shard, for progress, and ``before_shard`` before its files are looked at.
     """
     problems = Problems()
     with problems.collecting():
         manifest = read_manifest(cache)
+        refuse_absurd(cache, manifest)
         problems += (Problem(e.kind, e.place, e.expected, e.found) for e in small_file_errors(cache, manifest))
         problems += _metadata_problems(cache, manifest)
         for name in sorted(manifest.tables):
@@ -80,6 +90,7 @@ def verify_cache(cache: Path, on_shard: Callable[[int], object] = lambda shard: 
         tokens = hashlib.sha256()
         num_readable = num_tokens = 0
         for shard in range(manifest.blocks.num_shards):
+            before_shard(shard)
             read = check_shard(cache, manifest, shard)
             problems += read.problems
             if "input_ids" in read.arrays:
@@ -109,6 +120,7 @@ def verify_names(cache: Path) -> list[Problem]:
     problems = Problems()
     with problems.collecting():
         manifest = read_manifest(cache)
+        refuse_absurd(cache, manifest)
         problems += (Problem(e.kind, e.place, e.expected, e.found) for e in small_file_errors(cache, manifest))
         problems += _metadata_problems(cache, manifest)
         for path in table_paths(manifest):
@@ -160,7 +172,7 @@ def _metadata_problems(cache: Path, manifest: Manifest) -> Iterator[Problem]:
             yield Problem("missing-file", str(path), "listed in the manifest", None)
             continue
         try:
-            content = path.read_bytes()
+            content = read_small(path)
             if path.is_symlink() or sha256_hex(content) != manifest.files[name]:
                 continue  # reported with the other small files
             same = _said(json.loads(content)) == _said(json.loads(data))
@@ -177,6 +189,13 @@ def _said(metadata: object) -> object:
     if not isinstance(metadata, dict):
         return metadata
     return {name: value for name, value in metadata.items() if value not in (None, [], {})}
+
+
+def known_files(manifest: Manifest) -> set[str]:
+    """Every file that a finished cache has."""
+    shards = range(manifest.blocks.num_shards)
+    known = {MANIFEST_NAME, SEAL_NAME, *manifest.files, *table_paths(manifest), *map(receipt_object, shards)}
+    return known | {spec.shard_path(shard) for spec in array_specs(manifest).values() for shard in shards}
 
 
 def _read_shard(cache: Path, manifest: Manifest, receipt: Receipt) -> tuple[dict[str, Array], list[Problem]]:

@@ -67,6 +67,7 @@ def capture_on_workers(
         revision=files.revision,
         weights_sha256=manifest.teacher.weights_sha256,
         device=manifest.compute.device_type if device == "auto" else device,
+        spread=config.spread,
         dtype=manifest.compute.dtype,
         num_threads=local_threads(config),
         versions=versions(),
@@ -135,7 +136,11 @@ class Campaign:
         try:
             # Beside the tasks of others, on all workers at once; one that dies meanwhile is no misfit.
             found = self._client.run(check_worker, self._ref, on_error="return", callback_timeout=self._timeout_s)
-        except (OSError, TimeoutError) as error:
+        except TimeoutError:
+            # One that is frozen holds up the answers of all; each process asks itself before its first task too.
+            self._progress.note("worker-silent", "a worker does not answer: going on without asking")
+            return
+        except OSError as error:
             raise self._scheduler_lost(first_line(error)) from None
         for address, problem in sorted(found.items()):
             if isinstance(problem, KdpipeError):

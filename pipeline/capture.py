@@ -52,7 +52,7 @@ def capture(config: CaptureConfig, *, quiet: bool = False, events: bool = False)
                 logger.info("%s is finished already: %d blocks", place.name, existing.blocks.num_blocks)
                 folder.drop_staging(out)
                 return place.summary(existing, captured=0)
-        run = _Run(source, place, stage(source, quiet=quiet), quiet, events)
+        run = Run(source, place, stage(source, quiet=quiet), quiet, events)
         if existing is None:
             manifest = folder.create(out, *run.start())
         else:
@@ -65,7 +65,7 @@ def capture(config: CaptureConfig, *, quiet: bool = False, events: bool = False)
         return place.summary(manifest, captured=len(todo))
 
 
-class _Run:
+class Run:
     """A capture under way: its staged blocks, and its teacher, which is loaded when it is first needed."""
 
     def __init__(self, source: Source, place: Place, staged: StagedBlocks, quiet: bool, events: bool) -> None:
@@ -74,7 +74,7 @@ class _Run:
     @cached_property
     def teacher(self) -> Teacher:
         config = self.source.config
-        return load_teacher(self.source.files, device=config.device, dtype=config.dtype)
+        return load_teacher(self.source.files, device=config.device, dtype=config.dtype, spread=config.spread)
 
     def start(self) -> tuple[Manifest, dict[str, bytes], dict[str, Array]]:
         """Manifest, small files and tables of a cache that is begun."""

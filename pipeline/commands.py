@@ -12,17 +12,19 @@ from typing import Any
 
 import click
 
-from cache_spec.errors import EXIT_BAD_INPUT, EXIT_DONE
+from cache_spec.address import CopySettings, as_address
+from cache_spec.errors import EXIT_BAD_INPUT, EXIT_DONE, BadInputError
 from pipeline.config import CaptureConfig, TranscodeConfig
 from pipeline.family_command import FamilyOptions, family_options, run_family
-from pipeline.settings import emit, settings
+from pipeline.settings import emit, flags_of, settings
 from train.config import TrainConfig
 from train.evaluate_config import EvaluateConfig
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object and no progress bars.")
 dry_run = click.option("--dry-run", is_flag=True, help="Say what would be done and what it would cost; write nothing.")
 PaperRows = list[dict[str, Any]]
-cache_argument = click.argument("cache", type=click.Path(path_type=Path))
+cache_argument = click.argument("cache", type=as_address)
+copy_options = flags_of(CopySettings, "copy")
 
 
 def _paper_capture(path: Path, flags: dict[str, Any]) -> tuple[dict[str, Any], PaperRows]:
@@ -101,17 +103,19 @@ def transcode(config: TranscodeConfig, dry_run: bool, as_json: bool) -> None:
 @click.option("--teacher", metavar="TEXT", help="Where the teacher lies now, for --deep.  [default: the cache's name]")
 @click.option("--gguf-file", metavar="TEXT", help="GGUF file inside the teacher's folder, for --deep.")
 @click.option("--batches", type=click.IntRange(1), help="Batches to compare, for --deep.  [default: 4]")
+@copy_options
 @as_json
 def verify(
-    cache: Path,
+    cache: Path | str,
     shallow: bool,
     deep: bool,
     teacher: str | None,
     gguf_file: str | None,
     batches: int | None,
+    copy: CopySettings,
     as_json: bool,
 ) -> int:
-    """Report every problem of a cache.
+    """Report every problem of a cache, in a folder or a store.
 
     Reads every byte, unless --shallow; exits with 3 if anything is wrong.
     """
@@ -123,13 +127,19 @@ def verify(
     from tqdm import tqdm
 
     from cache_spec.validate import verify_cache, verify_names
+    from cache_spec.verify_stored import verify_stored
 
+    if shallow and not isinstance(cache, Path):
+        raise click.UsageError("--shallow is for folders")
     with tqdm(unit="shard", desc="verify", disable=as_json or None) as bar:
-        problems = verify_names(cache) if shallow else verify_cache(cache, lambda shard: bar.update())
+        if isinstance(cache, Path):
+            problems = verify_names(cache) if shallow else verify_cache(cache, lambda shard: bar.update())
+        else:
+            problems = verify_stored(cache, copy.copies, lambda shard: bar.update())
     if deep and not problems:
         from pipeline.recompute import compare_with_teacher
 
-        problems = compare_with_teacher(cache, teacher, gguf_file=gguf_file, num_batches=batches or 4)
+        problems = compare_with_teacher(cache, teacher, gguf_file=gguf_file, num_batches=batches or 4, copy=copy)
     facts: dict[str, Any] = {"cache": str(cache), "problems": [problem._asdict() for problem in problems]}
     emit(as_json, facts, [*map(str, problems), f"{cache}: {len(problems)} problem(s)"])
     return EXIT_BAD_INPUT if problems else 0
@@ -141,12 +151,15 @@ def verify(
 @click.option("--gguf-file", metavar="TEXT", help="GGUF file inside the teacher's folder.")
 @dry_run
 @as_json
-def repair(cache: Path, teacher: str | None, gguf_file: str | None, dry_run: bool, as_json: bool) -> int:
+def repair(cache: Path | str, teacher: str | None, gguf_file: str | None, dry_run: bool, as_json: bool) -> int:
     """Recompute what is bad in a cache, and nothing else.
 
     A shard is made again from its own tokens. One whose tokens are damaged is taken out, and the command that made the
     cache makes it again. Exits with 3 if something is left to do.
     """
+    if isinstance(cache, str):
+        hint = "kdpipe pull it, repair the folder, and push that"
+        raise BadInputError("not-a-folder", cache, expected="a cache's folder", found="a store", hint=hint)
     from pipeline.repair import describe_repair, repair_cache
 
     facts = repair_cache(cache, teacher, gguf_file=gguf_file, dry_run=dry_run, quiet=as_json)
@@ -191,12 +204,13 @@ def pull(url: str, folder: Path, as_json: bool) -> None:
 
 @click.command("inspect")
 @cache_argument
+@copy_options
 @as_json
-def inspect(cache: Path, as_json: bool) -> None:
-    """Show what is in a cache and what it costs."""
+def inspect(cache: Path | str, copy: CopySettings, as_json: bool) -> None:
+    """Show what is in a cache, in a folder or a store, and what it costs."""
     from pipeline.inspect import describe, inspect_cache
 
-    facts = inspect_cache(cache)
+    facts = inspect_cache(cache, copy)
     emit(as_json, facts, describe(facts))
 
 

@@ -11,6 +11,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from cache_spec.address import CacheAddress
 from cache_spec.manifest import sha256_hex
 from cache_spec.store import home_folder, is_url
 from pipeline.encoding_config import EncodingConfig, EncodingName
@@ -70,6 +71,8 @@ class CaptureConfig(EncodingConfig, WorkersConfig):
     """Blocks in a shard: the unit that is committed at once, and the most that an interruption costs."""
     device: str = "auto"
     """Device of the teacher: auto, cpu, cuda, cuda:N or mps."""
+    spread: bool = False
+    """Lay the teacher's layers over all GPUs that its process sees, for one that is larger than a GPU."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type the teacher computes in; auto is bfloat16 on CUDA, float32 elsewhere."""
 
@@ -110,6 +113,10 @@ class CaptureConfig(EncodingConfig, WorkersConfig):
             raise ValueError(f"hidden_window {self.hidden_window} does not divide block_tokens {self.block_tokens}")
         if self.mask_keep + self.mask_random > 1 + 1e-6:
             raise ValueError(f"mask_keep {self.mask_keep:g} and mask_random {self.mask_random:g} are more than all")
+        if self.spread and self.workers > 1:
+            raise ValueError("spread takes all GPUs for one teacher: give at most one worker, or a scheduler")
+        if self.spread and ":" in self.device:
+            raise ValueError(f"spread takes all GPUs, device {self.device} is one")
         if self.batch_blocks > self.shard_blocks:
             raise ValueError(f"batch_blocks {self.batch_blocks} is more than shard_blocks {self.shard_blocks}")
         if self.limit_tokens is not None and self.last_block == "drop" and self.limit_tokens < self.block_tokens:
@@ -120,8 +127,8 @@ class CaptureConfig(EncodingConfig, WorkersConfig):
 class TranscodeConfig(EncodingConfig):
     """Which cache to make from a richer one; what is not given is as in that one, or else the default."""
 
-    cache: Path
-    """Cache to start from."""
+    cache: CacheAddress
+    """Cache to start from: its folder, or its address in a store."""
     out: Path
     """Folder of the new cache."""
 

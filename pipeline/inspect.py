@@ -1,6 +1,7 @@
 """What is in a cache, and what it costs: a readable account.
 
-In: a cache folder, finished or not. Out: one dictionary for machines and lines for people.
+In: a cache's folder, finished or not, or the URL of a finished one in a store. Out: one dictionary for
+machines and lines for people.
 
 Legend of axes: B blocks, T tokens, M temperatures.
 """
@@ -14,37 +15,44 @@ from typing import Any
 
 import numpy as np
 
+from cache_spec.address import CopySettings
 from cache_spec.encodings.topk import Head, decode_odds
 from cache_spec.layout import array_specs, target_arrays
 from cache_spec.masking import SELECTED, real_positions
-from cache_spec.reader import ShardFile
-from cache_spec.receipts import committed_shards, read_manifest, read_receipt, read_seal
-from cache_spec.tables import table_files
+from cache_spec.reader import CacheReader
+from cache_spec.receipts import committed_shards, read_manifest, read_seal
+
+_SHARDS_AHEAD = 64
 
 
-def inspect_cache(cache: Path) -> dict[str, Any]:
+def inspect_cache(cache: Path | str, copy: CopySettings | None = None) -> dict[str, Any]:
     """Facts about a cache: teacher, tokens, shards, bytes/token per array, tables, tail mass, teacher's loss.
 
     Means are over the shards committed so far, each block weighing as its tokens that have targets; None where there is
     nothing to take the mean of, or where it is too large for a float. A table's bytes are those on disk.
     """
-    manifest = read_manifest(cache)
+    if isinstance(cache, Path):
+        reader = CacheReader(cache, read_manifest(cache))
+        shards = committed_shards(cache, reader.manifest)
+        is_finished = read_seal(cache, reader.manifest) is not None
+    else:
+        reader = CacheReader.open(cache, copy)
+        shards, is_finished = list(range(reader.manifest.blocks.num_shards)), True
+    manifest = reader.manifest
     specs, encoding = array_specs(manifest), manifest.encoding
-    shards = committed_shards(cache, manifest)
     num_bytes = dict.fromkeys(specs, 0)
     num_tokens, num_predicted, num_kept, loss_nats, entropy_nats = 0, 0, 0, 0.0, 0.0
     tail_mass_M = np.zeros(len(manifest.temperatures))
     has_head, masking = isinstance(encoding, Head), manifest.masking
-    extra = [*(["tail_log_odds"] if has_head else []), *([] if masking is None else [SELECTED])]
-    for shard in shards:
-        receipt = read_receipt(cache, manifest, shard)
-        assert receipt is not None
+    names = ["block_lengths", "block_loss", "block_entropy"]
+    names += [*(["tail_log_odds"] if has_head else []), *([] if masking is None else [SELECTED])]
+    ahead = reader.read_ahead(names)
+    for at, shard in enumerate(shards):
+        ahead.want([shard], shards[at + 1 : at + 1 + _SHARDS_AHEAD])
+        receipt = reader.receipt(shard)
         for name in specs:
             num_bytes[name] += receipt.files[name].num_bytes
-        rows = {
-            name: ShardFile(cache, specs[name], receipt).read_rows(receipt.num_blocks)
-            for name in ("block_lengths", "block_loss", "block_entropy", *extra)
-        }
+        rows = {name: reader.file(shard, specs[name]).read_rows(receipt.num_blocks) for name in names}
         lengths_B = rows["block_lengths"].astype(np.int64)
         predicted_B, kept_BT = lengths_B - 1, real_positions(lengths_B, manifest.blocks.block_tokens)
         if masking is not None:
@@ -58,17 +66,15 @@ def inspect_cache(cache: Path) -> dict[str, Any]:
             odds_BMT = decode_odds(rows["tail_log_odds"], encoding.odds_step_nats).astype(np.float64)
             stored_BT = real_positions(kept_BT.sum(1), kept_BT.shape[1])
             tail_mass_M += ((1 / (1 + np.exp(-odds_BMT))) * stored_BT[:, None]).sum((0, 2))
-    table_bytes = {
-        part.name: sum((cache / path).stat().st_size for path in table_files(part) if (cache / path).is_file())
-        for part in encoding.tables(manifest.geometry)
-    }
+    ahead.close()
+    table_bytes = {part.name: reader.table_bytes(part.name) for part in encoding.tables(manifest.geometry)}
     target_bytes = sum(num_bytes[name] for name in target_arrays(manifest))
     total_bytes = sum(num_bytes.values()) + sum(table_bytes.values())
     mean_loss = _mean(loss_nats, num_predicted)
     return {
-        "cache": str(cache),
+        "cache": reader.place,
         "fingerprint": manifest.fingerprint,
-        "finished": read_seal(cache, manifest) is not None,
+        "finished": is_finished,
         "teacher": manifest.teacher.model_dump(mode="json"),
         "corpus": manifest.corpus.model_dump(mode="json"),
         "blocks": manifest.blocks.model_dump(mode="json"),

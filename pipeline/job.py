@@ -63,6 +63,8 @@ class Job:
     """Commit of the hub repository, which a worker without the client's folder may take the teacher from."""
     weights_sha256: str
     device: str
+    spread: bool
+    """Whether the teacher takes all GPUs that a worker sees."""
     dtype: str
     num_threads: int | None
     """CPU threads of one worker; None leaves them as they are."""

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from cache_spec.address import CopySettings
 from cache_spec.encodings.hidden import Hidden
 from cache_spec.encodings.topk import Head
 from cache_spec.errors import BadInputError
@@ -23,7 +24,6 @@ from cache_spec.masking import REPLACEMENTS, SELECTED
 from cache_spec.reader import CacheReader
 from cache_spec.targets import Array, HeadTargets, HiddenTargets, PointTargets
 from cache_spec.validate import Problem
-from pipeline.folder import read_tables
 from pipeline.masking import Masks
 from pipeline.shard import encode_blocks, encoder_of
 from pipeline.source import TRANSCODED_FROM, TRANSCODED_STATES
@@ -38,15 +38,22 @@ MOVED_DRAWS_PER_NAT = 4.0
 """Share of draws that may move to another token, for each nat of tolerance: those next to a boundary do."""
 
 
-def compare_with_teacher(cache: Path, teacher: str | None, *, gguf_file: str | None, num_batches: int) -> list[Problem]:
+def compare_with_teacher(
+    cache: Path | str,
+    teacher: str | None,
+    *,
+    gguf_file: str | None,
+    num_batches: int,
+    copy: CopySettings | None = None,
+) -> list[Problem]:
     """Re-encode ``num_batches`` random batches, in the cache's own batch shape, and report what differs.
 
     Raises BadInputError ``other-teacher`` if the teacher's weights are not those of the manifest.
     """
-    reader = CacheReader.open(cache)
+    reader = CacheReader.open(cache, copy)
     manifest = reader.manifest
     running = load_teacher(teacher_of(manifest, teacher, gguf_file), device="auto", dtype=manifest.compute.dtype)
-    encoder = encoder_of(manifest, read_tables(cache, manifest), running.device)
+    encoder = encoder_of(manifest, {name: reader.table(name) for name in manifest.tables}, running.device)
     blocks, batch = manifest.blocks, manifest.compute.batch_blocks
     starts = [
         start

@@ -5,6 +5,7 @@ In: a recipe (YAML) and flags. Out: one checked object, or an error that names t
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import types
@@ -75,6 +76,23 @@ def settings(
             wrapped = click.option("--paper-config", metavar="FILE", help=help_text)(wrapped)
         help_text = "Recipe (YAML); flags go on top. A file, or the name of a shipped recipe."
         return click.option("--config", "recipe", metavar="RECIPE", help=help_text)(wrapped)
+
+    return decorate
+
+
+def flags_of(model: type[Config], as_name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Add one flag per field of ``model`` to a command of other arguments; its body gets the object as ``as_name``."""
+
+    def decorate(body: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(body)
+        def wrapped(**given: Any) -> Any:
+            flags = {name: given.pop(name) for name in model.model_fields}
+            flags = {name: value for name, value in flags.items() if value is not None}
+            return body(**{as_name: build(model, "", None, flags)}, **given)
+
+        for name in reversed(_names(model)):
+            wrapped = _option(model, name)(wrapped)
+        return wrapped
 
     return decorate
 
@@ -161,9 +179,11 @@ def _option(model: type[BaseModel], name: str) -> Callable[..., Any]:
 
 
 def _inner(annotation: Any) -> Any:
-    """``X`` of ``X | None``; anything else as it is."""
+    """``X`` of ``X | None``, and of ``X`` with more said of it; anything else as it is."""
+    if typing.get_origin(annotation) is typing.Annotated:
+        return _inner(typing.get_args(annotation)[0])
     if typing.get_origin(annotation) in (types.UnionType, typing.Union):
-        return next(part for part in typing.get_args(annotation) if part is not type(None))
+        return _inner(next(part for part in typing.get_args(annotation) if part is not type(None)))
     return annotation
 
 

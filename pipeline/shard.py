@@ -25,6 +25,7 @@ from pipeline.encoders.spectrum import Encoder
 from pipeline.masking import Masker, Masks
 from pipeline.overlap import overlapped
 from pipeline.place import Place
+from pipeline.streams import Event, on_stream, recorded, side_stream
 from pipeline.targets import encode_batch
 from pipeline.teacher import OutputHead, States, Teacher
 
@@ -76,11 +77,16 @@ def shard_arrays(
 ) -> dict[str, Array]:
     """What a cache keeps of one shard's blocks, as the teacher reads them now."""
     made = _read_by_teacher(manifest, staged, teacher, shard, on_tokens)
+    if not overlaps(teacher.device):
+        return joined([encode_hidden(manifest, teacher.head, encoder, *batch) for batch in made])
+    stream = side_stream(teacher.device)
 
-    def encoded(batch: _Batch) -> dict[str, Array]:
-        return encode_hidden(manifest, teacher.head, encoder, *batch)
+    def encoded(made: tuple[_Batch, Event | None]) -> dict[str, Array]:
+        batch, computed = made
+        with on_stream(stream, computed, batch[0]):
+            return encode_hidden(manifest, teacher.head, encoder, *batch)
 
-    return joined(list(overlapped(made, encoded) if overlaps(teacher.device) else map(encoded, made)))
+    return joined(list(overlapped(((batch, recorded(teacher.device)) for batch in made), encoded)))
 
 
 def overlaps(device: torch.device) -> bool:

@@ -102,7 +102,7 @@ def _prepare(ref: JobRef, worker: Any) -> _Prepared:
 
 def _teacher(job: Job, worker: Any) -> Teacher:
     device = _device(job, worker.name)
-    key = (job.weights_sha256, device, job.dtype)
+    key = (job.weights_sha256, "spread" if job.spread else device, job.dtype)
     if key not in _teachers:
         _teachers.clear()
         if job.revision is not None and missing_weights(job) is not None:
@@ -123,7 +123,7 @@ def _teacher(job: Job, worker: Any) -> Teacher:
                 found=f"{files.weights_sha256[:16]} in {files.folder}",
             )
         try:
-            _teachers[key] = load_teacher(files, device=device, dtype=job.dtype)
+            _teachers[key] = load_teacher(files, device=device, dtype=job.dtype, spread=job.spread)
         except BadInputError as error:
             where = f"{worker_place(worker)}: {error.place}"
             raise BadInputError(

@@ -90,6 +90,7 @@ class Teacher:
     model: Any
     head: OutputHead
     device: torch.device
+    """Of the output head, and of what follows it."""
     dtype: torch.dtype
     is_masked_lm: bool
     """Whether it reads both ways; its ``model`` then has no output head of its own any more."""
@@ -104,7 +105,7 @@ class Teacher:
         """Last hidden state after the final norm, [B, T, D] in the teacher's dtype on its device."""
         ids_BT = torch.from_numpy(input_ids_BT.astype(np.int64)).to(self.device)
         hidden_BTD: torch.Tensor = self.model.base_model(input_ids=ids_BT).last_hidden_state
-        return hidden_BTD
+        return hidden_BTD.to(self.device)
 
     @torch.inference_mode()
     def states(self, read_ids_BT: np.ndarray[Any, Any], lengths_B: np.ndarray[Any, Any]) -> States:
@@ -121,18 +122,24 @@ class Teacher:
             read_BTD: torch.Tensor = self.model(input_ids=ids_BT, attention_mask=mask_BT).logits
         finally:
             hook.remove()
-        return States(read_BTD, last[0])
+        return States(read_BTD.to(self.device), last[0].to(self.device))
 
 
 def load_teacher(
-    files: TeacherFiles, *, device: str = "auto", dtype: str = "auto", attention: str | None = None
+    files: TeacherFiles,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    attention: str | None = None,
+    spread: bool = False,
 ) -> Teacher:
     """Load a teacher's weights and prove on a short input that its logits are its last hidden state times its head.
 
     ``device``: auto (CUDA, then MPS, then CPU), cpu, cuda, cuda:N or mps. ``dtype``: auto (bfloat16 on CUDA that has
     it, else float32), float32, bfloat16 or float16. ``attention``: a transformers attention implementation, None for
-    its default. Raises what ``describe_teacher`` raises, and BadInputError ``no-such-device``, ``no-such-dtype``,
-    ``broken-weights``, ``incomplete-weights``, ``other-shape``, ``unsupported-head``.
+    its default. ``spread`` lays its layers over all GPUs that this process sees, one after the other. Raises what
+    ``describe_teacher`` raises, and BadInputError ``no-such-device``, ``no-such-dtype``, ``broken-weights``,
+    ``incomplete-weights``, ``other-shape``, ``unsupported-head``, ``teacher-too-large``.
     """
     place = f"teacher {files.name}"
     torch_device = pick_device(device)
@@ -141,6 +148,7 @@ def load_teacher(
     tokenizer = load_tokenizer(files)
     options = source_options(files) | ({} if attention is None else {"attn_implementation": attention})
     options |= {} if files.gguf_file is not None else {"use_safetensors": True}
+    options |= {"device_map": "auto"} if spread else {}
     try:
         with quiet_transformers():
             loaded: Any = model_class(config).from_pretrained(
@@ -168,17 +176,22 @@ def load_teacher(
             found=tuple(stored),
             hint="config.json and the weights do not belong together",
         )
-    model.requires_grad_(False).eval().to(torch_device)
+    model.requires_grad_(False).eval()
+    if spread:
+        _refuse_offloaded(model, place)
+    else:
+        model.to(torch_device)
     model.config.use_cache = model.config.get_text_config().use_cache = False
     info, tokenizer_info = describe_model(files, model, tokenizer)
+    head = _output_head(model, info.vocab_size)
     teacher = Teacher(
         files=files,
         info=info,
         tokenizer_info=tokenizer_info,
         tokenizer=tokenizer,
         model=model,
-        head=_output_head(model, info.vocab_size),
-        device=torch_device,
+        head=head,
+        device=head.weight_VD.device,
         dtype=torch_dtype,
         is_masked_lm=is_masked_lm(config),
     )
@@ -189,6 +202,15 @@ def load_teacher(
         _check_reads_left_to_right(teacher)
         _check_head(teacher)
     return teacher
+
+
+def _refuse_offloaded(model: Any, place: str) -> None:
+    """Weights that are fetched anew for each batch make a capture last longer than anybody waits."""
+    if devices := {str(device) for device in getattr(model, "hf_device_map", {}).values()}:
+        places = sorted(devices & {"cpu", "disk"})
+        if places and len(devices) > len(places):
+            expected = "room for the whole teacher on the GPUs that this process sees"
+            raise BadInputError("teacher-too-large", place, expected=expected, found=f"layers left to {places[0]}")
 
 
 def pick_device(name: str) -> torch.device:
@@ -233,7 +255,7 @@ def _check_head(teacher: Teacher) -> None:
     """Compare the model's own logits with ours, on hidden states scaled up so that a soft cap or factor shows."""
     ids_BT = _check_ids(teacher.info)
     seen: list[torch.Tensor] = []
-    scale = _HEAD_CHECK_LOGIT / _logits(teacher, teacher.hidden(ids_BT)).abs().max().clamp_min(1e-6)
+    scale = float(_HEAD_CHECK_LOGIT / _logits(teacher, teacher.hidden(ids_BT)).abs().max().clamp_min(1e-6))
 
     def scale_up(_module: Any, _inputs: Any, output: Any) -> Any:
         output.last_hidden_state = (output.last_hidden_state.float() * scale).to(teacher.dtype)
@@ -276,7 +298,7 @@ def _take_head_off(model: Any) -> None:
 def _own_logits(teacher: Teacher, ids_BT: np.ndarray[Any, Any]) -> torch.Tensor:
     """float32 [N, V]: what the model itself makes of ids."""
     logits_BTV: torch.Tensor = teacher.model(input_ids=torch.from_numpy(ids_BT).to(teacher.device)).logits
-    return logits_BTV.flatten(0, 1)[:, : teacher.info.vocab_size].float()
+    return logits_BTV.flatten(0, 1)[:, : teacher.info.vocab_size].float().to(teacher.device)
 
 
 def _logits(teacher: Teacher, hidden_BTD: torch.Tensor) -> torch.Tensor:
@@ -288,7 +310,7 @@ def _compare(teacher: Teacher, seen: list[torch.Tensor], theirs_NV: torch.Tensor
     place, expected = f"teacher {teacher.info.name}", "logits equal to the last hidden state times the output head"
     if not seen:
         raise BadInputError("unsupported-head", place, expected=expected, found="an output head that is never called")
-    ours_NV = _logits(teacher, seen[0])
+    ours_NV = _logits(teacher, seen[0].to(teacher.device))
     # A teacher of NaNs passes: the first block that it reads says so.
     error = (ours_NV - theirs_NV).abs().max()
     if error > _TOLERANCES[teacher.dtype] * ours_NV.abs().max():

@@ -177,7 +177,7 @@ class Transcoding:
         old, new = self.source.encoding, self.manifest.encoding
         stored = {part.name: self.reader.read(part.name, blocks) for part in old.arrays(self.source.geometry)}
         if isinstance(old, Hidden) and isinstance(new, Hidden) and old.dtype != new.dtype:
-            states = old.decode(stored, self.source.geometry, 0, self.reader.path)
+            states = old.decode(stored, self.source.geometry, 0, self.reader.place)
             codes_BTD, scale_BT = encode_int8(states.hidden_BTD.astype(np.float32))
             return {"last_hidden": codes_BTD, "last_hidden_scale": scale_BT}
         if isinstance(old, Head) and isinstance(new, Head) and (old != new or isinstance(new, Prototype)):
@@ -193,7 +193,7 @@ class Transcoding:
     ) -> dict[str, Array]:
         """A smaller or coarser head: what it loses goes to the tail at every temperature."""
         g, at = self.source.geometry, self._temperatures_at
-        decoded: list[HeadTargets] = [old.decode(stored, g, i, self.reader.path, self.reader.prepared) for i in at]
+        decoded: list[HeadTargets] = [old.decode(stored, g, i, self.reader.place, self.reader.prepared) for i in at]
         ids_BTK, logprobs_BTK = decoded[0].ids_BTK[..., : new.k], decoded[0].logprobs_BTK
         odds = [_smaller_head(d, new.k, t) for d, t in zip(decoded, self.manifest.temperatures, strict=True)]
         arrays = {
@@ -339,7 +339,7 @@ def _widens(old: HiddenInfo | None, new: HiddenInfo) -> bool:
     return old is not None and new.window % old.window == 0 and (old.dtype, new.dtype) != ("int8", "float16")
 
 
-def _refusal(cache: Path, what: str, needed: str) -> BadInputError:
+def _refusal(cache: Path | str, what: str, needed: str) -> BadInputError:
     hint = "or run cache-teacher with the teacher"
     return BadInputError("cannot-transcode", f"{cache}: {what}", expected=needed, hint=hint)
 

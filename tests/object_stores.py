@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from cache_spec.store import ObjectStore
 from tests.processes import free_port
 
 BUCKET = "bucket"
@@ -37,6 +38,16 @@ class RunningS3:
             "AWS_SECRET_ACCESS_KEY": "secret",
             "AWS_REGION": "us-east-1",
         }
+
+
+def upload(cache: Path, prefix: str) -> ObjectStore:
+    """Put every file of a cache below a prefix of the bucket."""
+    store = ObjectStore(f"s3://{BUCKET}/{prefix}")
+    for path in sorted(cache.rglob("*")):
+        name = path.relative_to(cache).as_posix()
+        if path.is_file() and not path.name.startswith("."):
+            store.put(name, path.read_bytes())
+    return store
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """From block indices to tensors: a cache and a plan of steps come in, micro-batches for the student go out.
 
-A background thread reads ahead, so that disk and decompression hide behind the student's passes. A step's blocks are
+A background thread reads ahead, so that disk and decompression hide behind the student's passes, and others fetch what
+a store keeps. A step's blocks are
 cut into micro-batches in one order; of ``num_ranks`` ranks, rank r takes the r-th, and every ``num_ranks``-th after it.
 
 Legend: B batch.
@@ -12,6 +13,7 @@ import queue
 import threading
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -106,12 +108,10 @@ def micro_batches(
     """
     manifest = reader.manifest
     window = manifest.hidden.window if manifest.hidden else None
-    order: EpochOrder | None = None
-    for step in range(first_step, plan.total_steps):
-        epoch, start = plan.start_of(step)
-        if order is None or order.epoch != epoch:
-            order = epoch_order(reader, plan, epoch=epoch, seed=seed, window_shards=window_shards)
-        step_blocks = order.indices(start, min(plan.step_blocks, plan.num_blocks - start))
+    names = reader.batch_arrays(with_hidden=with_hidden)
+    for step, epoch, step_blocks in _steps(
+        reader, plan, names, first_step=first_step, seed=seed, window_shards=window_shards
+    ):
         lengths_B, text = torch.from_numpy(reader.lengths(step_blocks).astype(np.int64)), reader.masked(step_blocks)
         masked = None if text is None else masked_tensors(restricted(text) if masked_only else text)
         counts = count_terms(lengths_B, window, masked)
@@ -135,6 +135,26 @@ def micro_batches(
                 counts=counts,
                 ends_step=turn == passes - 1,
             )
+
+
+def _steps(
+    reader: CacheReader, plan: StepPlan, names: list[str], *, first_step: int, seed: int, window_shards: int
+) -> Iterator[tuple[int, int, IndexArray]]:
+    """Yield each step, its epoch and its blocks; shards of these arrays are fetched a window before they are read."""
+
+    @lru_cache(maxsize=2)
+    def order_of(epoch: int) -> EpochOrder:
+        return epoch_order(reader, plan, epoch=epoch, seed=seed, window_shards=window_shards)
+
+    last_epoch = plan.start_of(plan.total_steps - 1)[0]
+    with reader.read_ahead(names) as ahead:
+        for step in range(first_step, plan.total_steps):
+            epoch, start = plan.start_of(step)
+            now, then = order_of(epoch).shards_at(start)
+            if not len(then) and epoch < last_epoch:
+                then, _ = order_of(epoch + 1).shards_at(0)
+            ahead.want(now, then)
+            yield step, epoch, order_of(epoch).indices(start, min(plan.step_blocks, plan.num_blocks - start))
 
 
 def restricted(text: MaskedText) -> MaskedText:

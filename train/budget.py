@@ -14,7 +14,9 @@ from train.batches import StepPlan, epoch_order
 
 def steps_for_tokens(reader: CacheReader, plan: StepPlan, max_tokens: int, *, seed: int, window_shards: int) -> int:
     """Return the number of steps after which ``max_tokens`` real tokens are reached, at most the plan's."""
-    tokens_B = reader.lengths(np.arange(plan.num_blocks)).astype(np.int64)
+    with reader.read_ahead(["block_lengths"]) as ahead:
+        ahead.want(range(reader.manifest.blocks.num_shards))
+        tokens_B = reader.lengths(np.arange(plan.num_blocks)).astype(np.int64)
     epochs, left = divmod(max_tokens, int(tokens_B.sum()))
     steps = epochs * plan.steps_per_epoch
     if left and steps < plan.total_steps:

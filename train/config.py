@@ -9,8 +9,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
+from cache_spec.address import CacheAddress, CopySettings
 from train.schedule import DEFAULT_COOLDOWN, Schedule, WeightSchedule
 
 # These may change when a run goes on: where things lie, how often something is written, and what moves only the
@@ -19,6 +20,8 @@ from train.schedule import DEFAULT_COOLDOWN, Schedule, WeightSchedule
 CHANGEABLE_ON_RESUME = frozenset(
     {
         "cache",
+        "copy_folder",
+        "copy_gb",
         "out",
         "teacher",
         "log_every",
@@ -42,15 +45,15 @@ CHANGEABLE_ON_RESUME = frozenset(
 )
 
 
-class TrainConfig(BaseModel):
+class TrainConfig(CopySettings):
     """One training run from one cache; raises pydantic's ValidationError for settings that make no sense."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, validate_default=True
     )
 
-    cache: Path
-    """Folder of the finished cache to learn from."""
+    cache: CacheAddress
+    """Finished cache to learn from: its folder, or its address in a store, as s3://BUCKET/NAME."""
     out: Path
     """Folder of this run: checkpoints, metrics and, at the end, the student."""
 
@@ -170,8 +173,9 @@ class TrainConfig(BaseModel):
     activation_checkpointing: bool = False
     """Keep less of the forward pass and compute it again on the way back: less memory, more time."""
 
-    evaluate_cache: Path | None = None
-    """Finished cache of held-out text, by the same teacher, to measure the student on while it learns."""
+    evaluate_cache: CacheAddress | None = None
+    """Finished cache (folder or address) of held-out text, by the same teacher, to measure the student on while it
+    learns."""
     evaluate_every: int | None = Field(default=None, gt=0)
     """Steps between two measurements on evaluate_cache; default: at the end alone."""
     async_checkpoint: bool = True

@@ -67,7 +67,7 @@ def evaluate_models(config: EvaluateConfig, *, quiet: bool = False) -> list[dict
     ``non-finite-loss`` or ``out-of-memory``.
     """
     device = pick_device(config.device)
-    reader = None if config.cache is None else CacheReader.open(config.cache)
+    reader = None if config.cache is None else CacheReader.open(config.cache, config)
     if reader is not None:
         reader.manifest.temperature_index(config.temperature)
     texts = {name: read_text(Path(name).expanduser(), config.limit_bytes) for name in config.text}
@@ -93,7 +93,7 @@ def _measure(
             texts.append({"text": name, **_text_figures(scorer, text, config.batch_blocks, progress.update)})
     cache = None
     if reader is not None:
-        with bar(str(reader.path), reader.manifest.corpus.num_tokens) as progress:
+        with bar(reader.place, reader.manifest.corpus.num_tokens) as progress:
             cache = cache_figures(scorer, reader, config.temperature, config.batch_blocks, progress.update)
     return {
         "name": source.name,
@@ -145,8 +145,7 @@ def cache_figures(
     kind: str | None = None
     num_targets = num_positions = num_run = 0
     teacher_nats = 0.0
-    for start in range(0, manifest.blocks.num_blocks, batch_blocks):
-        blocks = np.arange(start, min(start + batch_blocks, manifest.blocks.num_blocks))
+    for blocks in reader.sequence(batch_blocks, [*reader.batch_arrays(with_hidden=False), "block_loss"]):
         batch = to_tensors(reader.batch(blocks, temperature, with_hidden=False)).to(scorer.device)
         read_ids_BT = (batch.input_ids_BT if batch.masked is None else batch.masked.read_ids_BT).long()
         labels_BT, mask_BT = labels_of(batch)
@@ -172,13 +171,13 @@ def cache_figures(
         num_run += read_ids_BT.numel()
         seen(int(batch.lengths_B.sum()))
     if not num_targets:
-        raise BadInputError("too-little-text", reader.path, expected="a block of at least 2 tokens")
+        raise BadInputError("too-little-text", reader.place, expected="a block of at least 2 tokens")
     if not np.isfinite([sum_nats, *compared]).all():
         raise _non_finite(scorer.name, [sum_nats, *compared.tolist()])
     kl, agreement, overlap = (None if kind is None else total / num_positions for total in compared.tolist())
     teacher_loss = _loss("the cache's teacher", teacher_nats, num_targets)
     return {
-        "cache": str(reader.path),
+        "cache": reader.place,
         "temperature": temperature,
         "num_tokens": num_targets,
         "num_positions": num_positions,

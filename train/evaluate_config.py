@@ -5,13 +5,14 @@ Nothing here imports torch: the command line builds its options and their help f
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
+
+from cache_spec.address import CacheAddress, CopySettings
 
 
-class EvaluateConfig(BaseModel):
+class EvaluateConfig(CopySettings):
     """Which models to measure on what; raises pydantic's ValidationError for settings that make no sense."""
 
     model_config = ConfigDict(
@@ -22,8 +23,8 @@ class EvaluateConfig(BaseModel):
     """Model to measure: folder or hub name of a causal language model in safetensors; may be given more than once."""
     text: tuple[str, ...] = ()
     """Text to measure on: a UTF-8 file (one document, or .jsonl with a text on each line); may be given repeatedly."""
-    cache: Path | None = None
-    """Folder of a finished cache of held-out text, to compare with its teacher."""
+    cache: CacheAddress | None = None
+    """Finished cache of held-out text (folder or address) to compare with its teacher."""
     temperature: float = Field(default=1.0, gt=0)
     """Temperature of the comparison with the teacher; one of those declared in the cache."""
     block_tokens: int = Field(default=1024, ge=2)

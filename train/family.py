@@ -90,7 +90,7 @@ def plan_family(family: Family) -> dict[str, Any]:
     for student in family.students:
         row: dict[str, Any] = {"name": student.name, "control_of": student.control_of}
         with _named(student):
-            _check_run(student, CacheReader.open(family.cache))
+            _check_run(student, CacheReader.open(family.cache, student.config))
             result = finished_result(student.config.out)
             told = plan(student.config) if result is None else {"parameters": result["parameters"]}
         students.append(row | {"status": "done" if result else "waiting"} | told)
@@ -101,7 +101,7 @@ def plan_family(family: Family) -> dict[str, Any]:
 
 def check_family(family: Family) -> None:
     """Raise KdpipeError for a student that cannot be trained from the cache, or whose folder holds something else."""
-    reader = CacheReader.open(family.cache)
+    reader = CacheReader.open(family.cache, family.students[0].config)
     for student in family.students:
         with _named(student):
             if not _check_run(student, reader):
@@ -110,7 +110,8 @@ def check_family(family: Family) -> None:
     if family.evaluate is not None:
         pick_device(family.evaluate.device)
         if family.evaluate.cache is not None:
-            CacheReader.open(family.evaluate.cache).manifest.temperature_index(family.evaluate.temperature)
+            reader = CacheReader.open(family.evaluate.cache, family.evaluate)
+            reader.manifest.temperature_index(family.evaluate.temperature)
 
 
 def _check_run(student: FamilyStudent, reader: CacheReader) -> bool:
@@ -187,7 +188,7 @@ def _dtype_name(family: Family) -> str:
 
 def _what_is_measured_on(settings: EvaluateConfig) -> dict[str, Any]:
     """Settings, and the state of the files that they name: a figure holds for these alone."""
-    cache = None if settings.cache is None else CacheReader.open(settings.cache).manifest.fingerprint
+    cache = None if settings.cache is None else CacheReader.open(settings.cache, settings).manifest.fingerprint
     files = [os.stat(Path(name).expanduser()) for name in settings.text if Path(name).expanduser().is_file()]
     return {
         "settings": settings.model_dump(mode="json", exclude={"models"}),

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from cache_spec.address import CopySettings
 from cache_spec.errors import BadInputError
 from train.config import TrainConfig
 from train.evaluate_config import EvaluateConfig
@@ -56,7 +57,7 @@ class FamilyStudent:
 class Family:
     """Students of one cache, in the order in which they are trained; a control follows its student."""
 
-    cache: Path
+    cache: Path | str
     out: Path
     students: tuple[FamilyStudent, ...]
     evaluate: EvaluateConfig | None
@@ -65,7 +66,7 @@ class Family:
 
 
 def read_family(
-    path: Path, *, cache: Path, out: Path, given: Mapping[str, Any], evaluate: Mapping[str, Any], control: bool
+    path: Path, *, cache: Path | str, out: Path, given: Mapping[str, Any], evaluate: Mapping[str, Any], control: bool
 ) -> Family:
     """Read and check a file of students.
 
@@ -98,11 +99,12 @@ def read_family(
             students.append(_student(twin, of_text, cache, out, f"{path}: students: {twin}", name))
     _refuse_twice([student.name for student in students], path)
     measured = _settings(body.get("evaluate"), EvaluateConfig, f"{path}: evaluate") | dict(evaluate)
+    copies = {name: given[name] for name in CopySettings.model_fields if name in given}
     return Family(
         cache=cache,
         out=out,
         students=tuple(students),
-        evaluate=_checked(EvaluateConfig, measured | {"models": ("student",)}, f"{path}: evaluate")
+        evaluate=_checked(EvaluateConfig, copies | measured | {"models": ("student",)}, f"{path}: evaluate")
         if measured
         else None,
         speed=_checked(SpeedConfig, _settings(body.get("speed"), SpeedConfig, f"{path}: speed"), f"{path}: speed"),
@@ -169,7 +171,7 @@ def _refuse_unknown(key: str, known: tuple[str, ...] | list[str], place: str) ->
 
 
 def _student(
-    name: str, settings: Mapping[str, Any], cache: Path, out: Path, place: str, control_of: str | None = None
+    name: str, settings: Mapping[str, Any], cache: Path | str, out: Path, place: str, control_of: str | None = None
 ) -> FamilyStudent:
     config = _checked(TrainConfig, {**settings, "cache": cache, "out": out / name}, place)
     return FamilyStudent(name=name, config=config, control_of=control_of)

@@ -23,8 +23,8 @@ _NAMES = {"loss_nats": "loss", "kl_to_teacher": "kl", "agreement": "agreement", 
 class HeldOut:
     """A cache that is not trained on; BadInputError ``evaluate-cache`` for one whose teacher has another vocabulary."""
 
-    def __init__(self, path: Path, *, reader: CacheReader, config: TrainConfig) -> None:
-        self._reader = CacheReader.open(path)
+    def __init__(self, address: Path | str, *, reader: CacheReader, config: TrainConfig) -> None:
+        self._reader = CacheReader.open(address, config)
         self._temperature = config.temperature
         self._batch_blocks = config.batch_blocks
         ours, theirs = reader.manifest, self._reader.manifest
@@ -36,7 +36,7 @@ class HeldOut:
         ):
             if expected != found:
                 hint = "capture held-out text with the teacher of the cache that is trained on"
-                raise BadInputError("evaluate-cache", path, expected=f"the same {what}", found="another", hint=hint)
+                raise BadInputError("evaluate-cache", address, expected=f"the same {what}", found="another", hint=hint)
 
     def figures(self, student: PreTrainedModel) -> dict[str, float]:
         """Return ``loss`` (nats), ``kl`` (nats, from the teacher), ``agreement`` and ``ece``; those the cache tells."""

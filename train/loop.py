@@ -59,7 +59,7 @@ def _train(config: TrainConfig, ranks: Ranks, *, quiet: bool) -> dict[str, Any]:
         result: dict[str, Any] | None = None
         held_out: HeldOut | None = None
         with ranks.together():
-            reader = CacheReader.open(config.cache)
+            reader = CacheReader.open(config.cache, config)
             weights = loss_weights(config, reader)
             device = ranks.device(pick_device(config.device))
             precision = pick_precision(config.precision, device)

@@ -83,9 +83,17 @@ class EpochOrder:
             count -= len(piece)
         return np.concatenate(pieces) if pieces else np.empty(0, dtype=np.int64)
 
+    def shards_at(self, start: int) -> tuple[IndexArray, IndexArray]:
+        """Return the shards of the window that position ``start`` lies in, and those of the next one."""
+        window = int(np.searchsorted(self._bounds, start, side="right")) - 1
+        return self._shards_of(window), self._shards_of(window + 1)
+
+    def _shards_of(self, window: int) -> IndexArray:
+        return self._shards[window * self.window_shards : (window + 1) * self.window_shards]
+
     def _blocks_of(self, window: int) -> IndexArray:
         if self._window is None or self._window[0] != window:
-            shards = self._shards[window * self.window_shards : (window + 1) * self.window_shards]
+            shards = self._shards_of(window)
             blocks = (shards[:, None] * self.shard_blocks + np.arange(self.shard_blocks, dtype=np.int64)).ravel()
             blocks = blocks[blocks < self.num_blocks]
             blocks = blocks[self._permutation(len(blocks), "window", window)]

@@ -6,10 +6,12 @@ In: a checked file, the flags, a cache's manifest. Out: settings that follow fro
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path, PurePath
+from pathlib import PurePath
 from typing import Any
 
+from cache_spec.address import as_address
 from cache_spec.errors import BadInputError
+from cache_spec.local_copy import read_stored_manifest
 from cache_spec.manifest import MANIFEST_NAME, Manifest
 from cache_spec.receipts import read_manifest
 from train.paper import Mapped, Paper, capture_command
@@ -22,11 +24,11 @@ def cache_settings(paper: Paper, flags: Mapping[str, Any]) -> Mapped:
     Raises ``no-cache`` with the command that makes it, ``other-teacher``, ``other-masking``,
     ``undeclared-temperature`` or ``pooled-hidden-states``; a setting that a flag gives is not compared.
     """
-    cache = Path(flags.get("cache") or paper.cache)
-    if not (cache / MANIFEST_NAME).is_file():
+    cache = as_address(flags.get("cache") or paper.cache)
+    if not isinstance(cache, str) and not (cache / MANIFEST_NAME).is_file():
         hint = f"the teacher does not run in training; make the cache with: {capture_command(paper)}"
         raise BadInputError("no-cache", cache, expected="a finished cache (--cache)", found="none", hint=hint)
-    manifest = read_manifest(cache)
+    manifest = read_stored_manifest(cache) if isinstance(cache, str) else read_manifest(cache)
     _refuse_other_teacher(paper, manifest, flags)
     refuse_other_masking(paper, manifest.masking, flags)
     if "temperature" not in flags:

@@ -36,7 +36,7 @@ def plan(config: TrainConfig) -> dict[str, Any]:
 
 
 def _plan(config: TrainConfig, device: torch.device) -> dict[str, Any]:
-    reader = CacheReader.open(config.cache)
+    reader = CacheReader.open(config.cache, config)
     weights = loss_weights(config, reader)
     precision = pick_precision(config.precision, device)
     refuse_foreign(config.out)

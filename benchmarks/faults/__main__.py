@@ -1,59 +1,103 @@
-"""``python -m benchmarks.faults``: kill captures, cut their power, fail their disk, change bytes, and count the losses.
+"""``python -m benchmarks.faults``: do to captures and caches whatever may be done to them, and count the losses.
 
-In: how many of each, and an encoding. Out: JSON. A kill is a SIGKILL to the ``kdpipe cache-teacher`` process at a
-random moment, followed by the same command again; its arrays must equal an undisturbed run's. A power loss is a state
-that the disk may be in after a moment of a capture, when nothing lasts but what was synced, or some of it; such a
-cache must be absent, or say that it is not finished, or be whole. A disk error is one call of a capture that is
-refused or writes a part; the capture must say so, and go on when it is called again. A race is two to four writers of
-one shard. A change is one byte of one file of the finished cache set to another value; ``kdpipe verify`` must find
-it. Offline, on the embedded teacher.
+In: which campaigns, all if none is named, and how large: short by default, ``--full`` for the numbers of the table of
+goals, or ``--count``. Out: JSON with the counts of each, and exit status 1 if anything went wrong in any. Offline, on
+tiny teachers.
+
+    python -m benchmarks.faults --full
+    python -m benchmarks.faults --only worker-kills --count 50 --seed 1
+
+Kills are SIGKILLs of real processes, forked from one that has imported everything, so that they die in their work. A
+power loss is a state that the disk may be in after a moment of a capture, when nothing lasts but what was synced, or
+some of it. A disk fault is one call that is refused or done by half. Damage is done to finished caches. Each module
+says what counts as wrong.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
+import sys
 import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from benchmarks.faults.changes import change_campaign
+import torch
+
+from benchmarks.faults.cluster import cluster_campaign
+from benchmarks.faults.damage import damage_campaign
 from benchmarks.faults.disk import disk_campaign
+from benchmarks.faults.flips import flip_campaign
 from benchmarks.faults.fuzz import fuzz_campaign
-from benchmarks.faults.kills import capture_settings, kill_campaign
+from benchmarks.faults.hostile import hostile_campaign
+from benchmarks.faults.kills import kill_campaign
+from benchmarks.faults.machine import machine_campaign
+from benchmarks.faults.other import other_campaign
 from benchmarks.faults.power import power_campaign
 from benchmarks.faults.races import race_campaign
-from cache_spec.encodings import ENCODINGS
-from pipeline.encoding_config import DEFAULT_ENCODING
+from benchmarks.faults.small import SmallCaptures
+from benchmarks.faults.steps import step_campaign
+
+
+class Campaign(NamedTuple):
+    """One kind of harm."""
+
+    goal: int
+    """Its row in the table of goals."""
+    run: Callable[[SmallCaptures, int, random.Random], dict[str, Any]]
+    short: int
+    full: int
+    """How many kills, states, flips, ...; more than there are means all."""
+    num_documents: int = 10
+
+
+CAMPAIGNS = {
+    "kills": Campaign(1, kill_campaign, 10, 600, 80),
+    "worker-kills": Campaign(1, partial(cluster_campaign, victim="worker"), 2, 400, 100),
+    "steps": Campaign(2, step_campaign, 10, 2_000),
+    "client-kills": Campaign(3, partial(cluster_campaign, victim="client"), 2, 100, 100),
+    "scheduler-kills": Campaign(3, partial(cluster_campaign, victim="scheduler"), 2, 100, 100),
+    "nanny-kills": Campaign(3, partial(cluster_campaign, victim="nanny"), 2, 100, 100),
+    "power": Campaign(4, power_campaign, 100, 5_000),
+    "flips": Campaign(5, flip_campaign, 100, 10_000),
+    "damage": Campaign(6, damage_campaign, 60, 1_000_000),
+    "disk-full": Campaign(7, partial(disk_campaign, fault="ENOSPC"), 10, 1_000_000),
+    "disk-error": Campaign(7, partial(disk_campaign, fault="EIO"), 10, 1_000_000),
+    "disk-short": Campaign(7, partial(disk_campaign, fault="short"), 5, 1_000_000, 40),
+    "races": Campaign(8, race_campaign, 5, 500),
+    "hostile": Campaign(9, hostile_campaign, 1_000, 1_000),
+    "other": Campaign(10, other_campaign, 1_000, 1_000),
+    "machine": Campaign(11, machine_campaign, 60, 10_000),
+    "fuzz": Campaign(12, fuzz_campaign, 500, 1_000_000),
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--changes", type=int, default=200)
-    parser.add_argument("--power-states", type=int, default=500)
-    parser.add_argument("--power-resumes", type=int, default=20)
-    parser.add_argument("--disk-errors", type=int, default=20)
-    parser.add_argument("--races", type=int, default=50)
-    parser.add_argument("--fuzzed", type=int, default=2_000)
-    parser.add_argument("--tokens", type=int, default=16_384)
-    parser.add_argument("--workers", type=int, default=0)
-    parser.add_argument("--encoding", choices=ENCODINGS, default=DEFAULT_ENCODING)
+    parser.add_argument("--only", nargs="+", choices=CAMPAIGNS, default=list(CAMPAIGNS), metavar="NAME")
+    parser.add_argument("--full", action="store_true", help="the numbers of the table of goals")
+    parser.add_argument("--count", type=int, help="this many of each")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        report: dict[str, Any] = {"seed": options.seed, "encoding": options.encoding}
-        kills = options.kills, options.tokens, options.workers, options.encoding
-        report["kill"] = kill_campaign(folder, *kills, random.Random(options.seed))
-        report["change"] = change_campaign(folder / "clean", options.changes, random.Random(options.seed))
-        report["race"] = race_campaign(folder / "clean", folder, options.races, random.Random(options.seed))
-        report["fuzz"] = fuzz_campaign(folder / "clean", folder, options.fuzzed, random.Random(options.seed))
-        settings = capture_settings(options.tokens, options.encoding)
-        report["power"] = power_campaign(folder, settings, options.power_states, options.power_resumes, options.seed)
-        report["disk"] = disk_campaign(folder, settings, options.disk_errors, random.Random(options.seed))
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    torch.set_num_threads(1)
+    report: dict[str, Any] = {"seed": options.seed}
+    for name in options.only:
+        campaign = CAMPAIGNS[name]
+        count = options.count or (campaign.full if options.full else campaign.short)
+        began = time.perf_counter()
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+            small = SmallCaptures(Path(folder) / "small", campaign.num_documents)
+            found = campaign.run(small, count, random.Random(options.seed))
+        report[name] = {"goal": campaign.goal, "seconds": round(time.perf_counter() - began, 1), **found}
     print(json.dumps(report, indent=2))
+    if any(found["wrong"] for found in report.values() if isinstance(found, dict)):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

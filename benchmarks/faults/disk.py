@@ -1,123 +1,80 @@
-"""A disk that fails: the n-th call that changes it is refused, or writes only a part.
+"""A disk that fails: the n-th call is refused, or writes only a part.
 
 In: a capture, and how many calls to try. Out: counts. A capture must end in a one-line error that says what could not
-be written, and the same command must then make the same cache.
+be done, or do without it, and the same command must then make the same cache. Of a write that ends early without an
+error the rest must be written.
 """
 
 from __future__ import annotations
 
-import builtins
 import errno
-import io
 import os
 import random
+import re
 import shutil
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
-from benchmarks.faults.kills import digests
-from benchmarks.faults.recorded import calls_replaced
-from cache_spec.errors import KdpipeError
-from pipeline.capture import capture
-from pipeline.config import CaptureConfig
+from benchmarks.faults.calls import Call, Short, calls_told
+from benchmarks.faults.small import SmallCaptures, digests, said_by
+from benchmarks.faults.tally import Tally
+from cache_spec.errors import EXIT_BAD_INPUT, EXIT_FAILED
 
-_CODES = (errno.ENOSPC, errno.EIO)
+FAULTS = ("ENOSPC", "EIO", "short")
 _NEVER = 0
 
 
 class _Disk:
-    """Counts the calls that change files below a folder, and fails one of them."""
+    """Counts the calls that a fault can befall, and fails one of them."""
 
-    def __init__(self, root: Path, fails_at: int, code: int) -> None:
-        self.root, self.fails_at, self.code = root, fails_at, code
-        self.calls = 0
+    def __init__(self, fault: str, fails_at: int) -> None:
+        self.fault, self.fails_at, self.calls = fault, fails_at, 0
 
-    def call(self, path: Any, before: Callable[[], object] = lambda: None) -> None:
-        """Before a call on ``path``; ``before`` is done before the failure."""
-        if isinstance(path, int):
-            path = os.readlink(f"/proc/self/fd/{path}")
-        if not Path(os.fsdecode(path)).absolute().is_relative_to(self.root):
+    def told(self, call: Call) -> None:
+        if not {"ENOSPC": call.changes, "EIO": True, "short": call.name == "write"}[self.fault]:
             return
         self.calls += 1
-        if self.calls == self.fails_at:
-            before()
-            raise OSError(self.code, os.strerror(self.code), os.fsdecode(path))
+        if self.calls != self.fails_at:
+            return
+        if self.fault == "short":
+            raise Short
+        call.begin()
+        code = getattr(errno, self.fault)
+        raise OSError(code, os.strerror(code), str(call.path))
 
 
-class _File(io.FileIO):
-    """An unbuffered file whose writes are counted; the one that fails leaves half of its bytes."""
-
-    disk: _Disk
-
-    def write(self, data: Any, /) -> int:
-        self.disk.call(os.fsdecode(self.name), lambda: super(_File, self).write(memoryview(data)[: len(data) // 2]))
-        return super().write(data)
-
-
-@contextmanager
-def failing(root: Path, fails_at: int = _NEVER, code: int = errno.EIO) -> Iterator[_Disk]:
-    """Fail one call of this process that changes what is below ``root``, and no other."""
-    disk = _Disk(root, fails_at, code)
-    names = ("fsync", "link", "rename", "replace", "mkdir")
-    real = {name: getattr(os, name) for name in names}
-    real_open = builtins.open
-
-    def counted(call: Callable[..., Any]) -> Callable[..., Any]:
-        def counting(path: Any, *args: Any, **kwargs: Any) -> Any:
-            disk.call(path)
-            return call(path, *args, **kwargs)
-
-        return counting
-
-    def open_file(file: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
-        if isinstance(file, int) or not any(letter in mode for letter in "wax+"):
-            return real_open(file, mode, *args, **kwargs)
-        disk.call(file)
-        if not mode.endswith("b") or "+" in mode:
-            return real_open(file, mode, *args, **kwargs)
-        made = _File(file, mode.removesuffix("b"))
-        made.disk = disk
-        return io.BufferedWriter(made)
-
-    with calls_replaced({name: counted(call) for name, call in real.items()}, open_file):
-        yield disk
-
-
-def disk_campaign(folder: Path, settings: dict[str, Any], num_calls: int, rng: random.Random) -> dict[str, Any]:
+def disk_campaign(small: SmallCaptures, num_calls: int, rng: random.Random, *, fault: str) -> dict[str, Any]:
     """Fail ``num_calls`` different calls of a capture, one in each run, or all that there are."""
-    home = folder / "disk"
+    home, tally = small.folder / f"disk-{fault}", Tally()
     home.mkdir()
+    expected = digests(small.clean())
+    out = home / "cache"
+    command = small.command(f"{home.name}/cache")
 
-    def run(name: str, **fails: int) -> _Disk:
-        with failing(home, **fails) as disk:
-            capture(CaptureConfig(**settings, out=home / name), quiet=True)
-        return disk
+    def run(fails_at: int = _NEVER) -> tuple[_Disk, int, str]:
+        """The disk, the command's exit code and what it said."""
+        disk = _Disk(fault, fails_at)
+        with calls_told(home, disk.told):
+            return disk, *said_by(command)
 
-    total = run("clean").calls
-    expected = digests(home / "clean")
-    counts: Counter[str] = Counter()
-    wrong: list[str] = []
-    for at in sorted(rng.sample(range(1, total + 1), min(num_calls, total))):
-        code = rng.choice(_CODES)
-        what = f"call {at}, {errno.errorcode[code]}"
+    total = run()[0].calls
+    tally.check(digests(out) == expected, "other files without a fault")
+    shutil.rmtree(out)
+    chosen = sorted(rng.sample(range(1, total + 1), min(num_calls, total)))
+    for at in chosen:
+        what = f"call {at}, {fault}"
         try:
-            run("failed", fails_at=at, code=code)
-            # Some libraries and clean-ups do without what they cannot write.
-            counts["went_on"] += 1
-        except KdpipeError:
-            counts["refused"] += 1
+            _, code, said = run(at)
         except Exception as error:
-            wrong.append(f"{what}: {error!r}")
-        try:
-            run("failed")
-        except KdpipeError as error:
-            wrong.append(f"{what}: no resume: {error}")
+            tally.check(False, f"{what}: {error!r}")
         else:
-            if digests(home / "failed") != expected:
-                wrong.append(f"{what}: other files after a resume")
-        shutil.rmtree(home / "failed")
+            # Some libraries and clean-ups do without what they cannot write.
+            tally.counts["refused" if code else "went_on"] += 1
+            is_clear = code in (EXIT_FAILED, EXIT_BAD_INPUT) and re.fullmatch(r"error: [a-z-]+: .+\n", said)
+            tally.check(is_clear if code else digests(out) == expected, f"{what}: exit code {code}: {said}")
+            tally.check(not code or fault != "short", f"{what}: {said}")
+        _, code, said = run()
+        tally.check(code == 0, f"{what}: no resume: {said}")
+        tally.check(digests(out) == expected, f"{what}: other files after a resume")
+        shutil.rmtree(out, ignore_errors=True)
     shutil.rmtree(home)
-    return {"calls_of_a_capture": total, **counts, "wrong": len(wrong), "first_wrong": wrong[:5]}
+    return tally.report(calls_of_a_capture=total, failed_calls=len(chosen))

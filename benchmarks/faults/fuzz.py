@@ -1,7 +1,7 @@
 """Manifests, receipts and seals that nobody wrote: small files of a whole cache, changed at random and read.
 
-In: a whole cache and how many. Out: counts. Reading must end in a ``CacheError``, or well; half of the changes are of
-bytes, the other half of values within the JSON, sealed again so that they get past the digest.
+In: how many, of caches of all encodings. Out: counts. Reading must end in a ``CacheError``, or well; half of the
+changes are of bytes, the other half of values within the JSON, sealed again so that they get past the digest.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from benchmarks.faults.small import ENCODINGS, SmallCaptures
+from benchmarks.faults.tally import Tally
 from cache_spec.errors import CacheError
 from cache_spec.layout import array_specs, zarr_metadata
 from cache_spec.manifest import MANIFEST_NAME, seal_json
@@ -27,38 +29,50 @@ _STRANGE: tuple[Any, ...] = (
 _NAMES = ("digest", "fingerprint", "name", "k", "format", "", "__class__", "files", "shape")
 
 
-def fuzz_campaign(cache: Path, folder: Path, inputs: int, rng: random.Random) -> dict[str, Any]:
-    """Read ``inputs`` changed small files of a copy of ``cache``'s."""
-    place = folder / "fuzzed"
-    manifest = read_manifest(cache)
+def fuzz_campaign(small: SmallCaptures, inputs: int, rng: random.Random) -> dict[str, Any]:
+    """Read ``inputs`` changed small files of caches, each encoding in its turn."""
+    place = small.folder / "fuzzed"
     (place / receipt_path(Path(), 0)).parent.mkdir(parents=True)
-
-    def whole_manifest() -> None:
-        found = read_manifest(place)
-        array_specs(found)
-        zarr_metadata(found)
-
-    readers: dict[Path, Callable[[], object]] = {
-        Path(MANIFEST_NAME): whole_manifest,
-        Path(SEAL_NAME): lambda: read_seal(place, manifest),
-        receipt_path(Path(), 0): lambda: read_receipt(place, manifest, 0),
-    }
-    originals = {name: (cache / name).read_bytes() for name in readers}
+    caches = [_Files.of(small.clean(encoding), place) for encoding in ENCODINGS]
     kinds: Counter[str] = Counter()
-    untyped: list[str] = []
-    for _ in range(inputs):
-        name = rng.choice(list(originals))
-        data = _changed(originals[name], rng)
+    tally = Tally()
+    for number in range(inputs):
+        cache = caches[number % len(caches)]
+        name = rng.choice(list(cache.contents))
+        data = _changed(cache.contents[name], rng)
         (place / name).write_bytes(data)
         try:
-            readers[name]()
+            cache.readers[name]()
             kinds["read"] += 1
         except CacheError as error:
             kinds[error.kind] += 1
         except Exception as error:
-            untyped.append(f"{name}: {error!r:.200} of {data!r:.400}")
+            tally.check(False, f"{name}: {error!r:.200} of {data!r:.400}")
     shutil.rmtree(place)
-    return {"inputs": inputs, "kinds": dict(kinds.most_common()), "untyped": len(untyped), "first_untyped": untyped[:5]}
+    return tally.report(inputs=inputs, kinds=dict(kinds.most_common()))
+
+
+class _Files(NamedTuple):
+    """Small files of one cache, and what reads each where a changed one lies."""
+
+    contents: dict[Path, bytes]
+    readers: dict[Path, Callable[[], object]]
+
+    @classmethod
+    def of(cls, cache: Path, place: Path) -> _Files:
+        manifest = read_manifest(cache)
+
+        def whole_manifest() -> None:
+            found = read_manifest(place)
+            array_specs(found)
+            zarr_metadata(found)
+
+        readers: dict[Path, Callable[[], object]] = {
+            Path(MANIFEST_NAME): whole_manifest,
+            Path(SEAL_NAME): lambda: read_seal(place, manifest),
+            receipt_path(Path(), 0): lambda: read_receipt(place, manifest, 0),
+        }
+        return cls({name: (cache / name).read_bytes() for name in readers}, readers)
 
 
 def _changed(data: bytes, rng: random.Random) -> bytes:

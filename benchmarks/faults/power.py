@@ -9,15 +9,15 @@ from __future__ import annotations
 import itertools
 import random
 import shutil
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from benchmarks.faults.kills import digests
 from benchmarks.faults.recorded import POLICIES, Recording, State, recording, state_after
+from benchmarks.faults.small import SmallCaptures, digests
+from benchmarks.faults.tally import Tally
 from cache_spec.commit import publish_shard
 from cache_spec.errors import KdpipeError
 from cache_spec.manifest import MANIFEST_NAME
@@ -28,38 +28,35 @@ from pipeline.config import CaptureConfig
 
 FINISHED = -1
 """What is acknowledged when a capture returns, beside the shards that are committed."""
+_RESUMED = 100
 _NOT_DONE_YET = {"unfinished-cache", "unexpected-file"}
 """What a cache may say of itself that is not finished: shards without receipts, and files of nobody."""
 
 
-def power_campaign(
-    folder: Path, settings: dict[str, Any], num_states: int, num_resumes: int, seed: int
-) -> dict[str, Any]:
-    """Record one capture, and look at ``num_states`` states that it may leave; ``num_resumes`` of them go on."""
-    home = folder / "recorded"
+def power_campaign(small: SmallCaptures, num_states: int, rng: random.Random) -> dict[str, Any]:
+    """Record one capture, and look at ``num_states`` states that it may leave; one in a hundred of them goes on."""
+    home, tally = small.folder / "recorded", Tally()
     home.mkdir()
     with recording(home) as record, _saying(record):
-        capture(CaptureConfig(**settings, out=home / "cache"), quiet=True)
+        capture(small.config(f"{home.name}/cache"), quiet=True)
         record.says(FINISHED)
     expected = digests(home / "cache")
-    counts: Counter[str] = Counter()
-    wrong: list[str] = []
-    states = list(_states(record, num_states, random.Random(seed)))
-    resumed = set(random.Random(seed).sample(range(len(states)), min(num_resumes, len(states))))
+    states = list(_states(record, num_states, rng))
+    resumed = set(rng.sample(range(len(states)), -(-len(states) // _RESUMED)))
+    place = small.folder / "state"
     for number, state in enumerate(states):
-        place = folder / "state"
         place.mkdir()
         state.write(place)
+        when = f"after operation {state.after}, {state.policy} lasting"
         kind, problem = _look(place / "cache", state)
-        counts[kind] += 1
+        tally.counts[kind] += 1
+        tally.check(problem is None, f"{when}: {problem}")
         if problem is None and number in resumed:
-            problem = _go_on(CaptureConfig(**settings, out=place / "cache"), expected)
-            counts["resumed"] += 1
-        if problem is not None:
-            wrong.append(f"after operation {state.after}, {state.policy} lasting: {problem}")
+            problem = _go_on(small.config(f"{place.name}/cache"), expected)
+            tally.check(problem is None, f"{when}: {problem}")
+            tally.counts["resumed"] += 1
         shutil.rmtree(place)
-    return {"operations": len(record.operations), "states": len(states), **counts, "wrong": len(wrong),
-            "first_wrong": wrong[:5]}  # fmt: skip
+    return tally.report(operations=len(record.operations), states=len(states))
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Writers of one shard that race: two to four processes commit it at once, one of them stopped for a while.
 
-In: a whole cache and how many races. Out: counts. Every writer must end well and be told of the same receipt, and the
+In: how many races. Out: counts. Every writer must end well and be told of the same receipt, and the
 shard's files must be those of the whole cache.
 """
 
@@ -16,7 +16,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.faults.kills import digests
+from benchmarks.faults.small import SmallCaptures, digests
+from benchmarks.faults.tally import Tally
 from cache_spec.commit import commit_shard
 from cache_spec.durable import remove_leftovers
 from cache_spec.layout import array_specs
@@ -29,16 +30,16 @@ _SHARD = 0
 _PATIENCE_S, _LONGEST_S = 0.3, 60.0
 
 
-def race_campaign(cache: Path, folder: Path, races: int, rng: random.Random) -> dict[str, Any]:
-    """Let writers race ``races`` times for the first shard of a copy of ``cache``, in ``folder``."""
+def race_campaign(small: SmallCaptures, races: int, rng: random.Random) -> dict[str, Any]:
+    """Let writers race ``races`` times for the first shard of a copy of a whole cache."""
+    cache = small.clean()
     reader = CacheReader.open(cache)
     manifest, specs = reader.manifest, array_specs(reader.manifest)
     first, count = manifest.blocks.shard_range(_SHARD)
     arrays = {name: reader.read(name, range(first, first + count)) for name in specs}
-    copy, expected = folder / "raced", digests(cache)
+    copy, expected = small.folder / "raced", digests(cache)
     shutil.copytree(cache, copy)
-    wrong: list[str] = []
-    writers_of_all = 0
+    tally = Tally()
     began = time.perf_counter()
     commit_shard(copy, manifest, _SHARD, arrays)
     longest_s = 4 * (time.perf_counter() - began)
@@ -46,14 +47,13 @@ def race_campaign(cache: Path, folder: Path, races: int, rng: random.Random) -> 
         for path in (receipt_path(copy, _SHARD), *(copy / spec.shard_path(_SHARD) for spec in specs.values())):
             path.unlink()
         num_writers = rng.randint(2, 4)
-        writers_of_all += num_writers
-        if problem := _race(copy, manifest, arrays, num_writers, stop_after_s=rng.uniform(0, longest_s)):
-            wrong.append(f"race {race}: {problem}")
+        tally.counts["writers"] += num_writers
+        problem = _race(copy, manifest, arrays, num_writers, stop_after_s=rng.uniform(0, longest_s))
+        tally.check(problem is None, f"race {race}: {problem}")
         remove_leftovers([copy, *(copy / name for name in specs), receipt_path(copy, _SHARD).parent])
-        if digests(copy) != expected:
-            wrong.append(f"race {race}: other files")
+        tally.check(digests(copy) == expected, f"race {race}: other files")
     shutil.rmtree(copy)
-    return {"races": races, "writers": writers_of_all, "wrong": len(wrong), "first_wrong": wrong[:5]}
+    return tally.report(races=races)
 
 
 def _race(

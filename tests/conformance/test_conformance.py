@@ -41,6 +41,8 @@ NOT_ABOUT_READING = {
     "store-refused": "tests/unit/test_store.py",
     "store-failed": "tests/unit/test_store.py",
     "shard-taken": "tests/property/test_store_commit.py",
+    "copy-too-small": "tests/unit/test_local_copy.py",
+    "cache-changed": "tests/unit/test_local_copy.py",
     "no-conditions": "tests/integration/test_store_capture.py",
 }
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import multiprocessing
-import os
 import shutil
 import signal
 import subprocess
@@ -92,33 +90,6 @@ def campaign(client: Client, folder: Path, task: Any, *, timeout_s: float = 60.0
     return progress
 
 
-def test_a_killed_worker_costs_its_shard_and_another_goes_on(
-    cluster: RunningCluster, clean: CaptureConfig, tmp_path: Path
-) -> None:
-    config = changed(clean, out=tmp_path / "cache", scheduler=cluster.address)
-
-    watcher = once(lambda: committed(config) >= 3, cluster.workers[0].kill)
-    capture(config, quiet=True)
-    watcher.join()
-    assert contents(config.out) == contents(clean.out)
-
-
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_after_the_clients_death_another_number_of_workers_goes_on(
-    cluster: RunningCluster, clean: CaptureConfig, tmp_path: Path
-) -> None:
-    config = changed(clean, out=tmp_path / "cache", scheduler=cluster.address)
-    client = multiprocessing.get_context("fork").Process(target=capture, args=(config,), kwargs={"quiet": True})
-    client.start()
-    wait_until(lambda: committed(config) >= 3)
-    assert client.pid is not None
-    os.kill(client.pid, signal.SIGKILL)
-    client.join()
-    assert not (config.out / "seal.json").exists()
-    capture(changed(config, scheduler=None), quiet=True)
-    assert contents(config.out) == contents(clean.out)
-
-
 def test_workers_that_lack_something_are_refused_by_name(
     cluster: RunningCluster, clean: CaptureConfig, tmp_path: Path
 ) -> None:
@@ -126,6 +97,7 @@ def test_workers_that_lack_something_are_refused_by_name(
         out=str(tmp_path), store=None,
         fingerprint="0" * 64, staged_key="0" * 64, teacher="t", teacher_folder=clean.teacher,
         weight_files=("model.safetensors",), gguf_file=None, revision=None, weights_sha256="0" * 64, device="cpu",
+        spread=False,
         dtype="float32", num_threads=1, versions=versions(),
     )  # fmt: skip
     good = write_job(tmp_path, job)

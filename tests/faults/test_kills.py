@@ -41,7 +41,7 @@ def capture_until_killed(config: CaptureConfig, kill_at: int) -> None:
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 @pytest.mark.parametrize(
     ("encoding", "every"),
-    [({"encoding": "topk", "k": 4}, 5), ({"encoding": "prototype", "k": 4, "prototypes": 2, "residual_draws": 2}, 15)],
+    [({"encoding": "topk", "k": 4}, 11), ({"encoding": "prototype", "k": 4, "prototypes": 2, "residual_draws": 2}, 37)],
 )
 def test_a_kill_at_any_step_loses_nothing(tmp_path: Path, encoding: dict[str, Any], every: int) -> None:
     teacher = make_folder(tmp_path / "teacher", spread=4.0, n_layer=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -11,8 +12,8 @@ import pytest
 
 import cache_spec.commit
 import cache_spec.durable
-from benchmarks.faults.kills import capture_settings
 from benchmarks.faults.power import power_campaign
+from benchmarks.faults.small import SmallCaptures
 
 
 class _Unsynced:
@@ -24,10 +25,10 @@ class _Unsynced:
 
 @pytest.mark.slow
 def test_what_a_power_loss_leaves_is_absent_or_unfinished_or_whole(tmp_path: Path) -> None:
-    found = power_campaign(tmp_path, capture_settings(1024, "topk"), 100, 2, 0)
+    found = power_campaign(SmallCaptures(tmp_path / "small", 4), 100, random.Random(0))
     assert found["wrong"] == 0, found["first_wrong"]
     assert found["states"] == 100
-    assert found["resumed"] == 2
+    assert found["resumed"] == 1
     assert min(found["absent"], found["unfinished"], found["finished"]) > 0
 
 
@@ -42,5 +43,5 @@ def test_what_a_power_loss_leaves_is_absent_or_unfinished_or_whole(tmp_path: Pat
 )
 def test_a_commit_that_does_not_sync_is_found_out(tmp_path: Path, without: Any) -> None:
     with without:
-        found = power_campaign(tmp_path, capture_settings(1024, "topk"), 200, 0, 0)
+        found = power_campaign(SmallCaptures(tmp_path / "small", 4), 200, random.Random(0))
     assert found["wrong"] > 0

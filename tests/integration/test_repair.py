@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.faults.kills import digests
+from benchmarks.faults.small import digests
 from cache_spec.validate import verify_cache
 from pipeline.capture import capture
 from pipeline.cli import run

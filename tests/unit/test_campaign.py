@@ -193,6 +193,16 @@ def test_a_result_that_is_long_in_coming_holds_up_no_other(client: Client, monke
     assert begun == Counter(range(NUM_SHARDS))
 
 
+def test_a_worker_that_does_not_answer_keeps_nobody_from_beginning(
+    client: Client, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("pipeline.campaign.check_worker", lambda ref: time.sleep(1.0))
+    with Progress(blocks(), [], events=True) as progress:
+        options: dict[str, Any] = {"out": Path("out"), "retries": 1, "timeout_s": 0.3, "progress": progress}
+        Campaign(client, JobRef("nowhere", "0"), **options).check_workers()
+    assert "worker-silent" in capsys.readouterr().err
+
+
 def test_a_connection_that_breaks_costs_no_shard(client: Client) -> None:
     """What was in flight is submitted again, and not counted as failed."""
     watched.append(client)

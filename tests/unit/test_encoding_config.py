@@ -94,6 +94,8 @@ def test_a_setting_that_an_encoding_does_not_use_is_refused(encoding: str) -> No
         ({"encoding": "hidden", "last_hidden_dtype": "int4"}, "last_hidden_dtype"),
         ({"hidden_dtype": "bfloat16"}, "hidden_dtype"),
         ({"hidden_window": 0, "hidden_dtype": "int8"}, "hidden_dtype means nothing without hidden_window"),
+        ({"spread": True, "workers": 2}, "spread takes all GPUs for one teacher"),
+        ({"spread": True, "device": "cuda:1"}, "device cuda:1 is one"),
         ({"temperatures": ()}, "at least one"),
         ({"temperatures": (2.0, 1.0)}, "ascending"),
         ({"temperatures": (0.01,)}, "from 0.05 to 100"),

@@ -8,6 +8,7 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import huggingface_hub
 import numpy as np
 import pytest
@@ -442,3 +443,42 @@ def test_teacher_files_survive_a_process_boundary(folder: Path) -> None:
     assert again == files
     assert again.weights_sha256 == files.weights_sha256
     assert describe_teacher(again) == describe_teacher(files)
+
+
+def test_a_teacher_that_is_spread_over_devices_says_what_one_in_one_place_says(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = resolve_teacher(str(folder))
+    whole = load_teacher(files, device="cpu")
+    real: Any = transformers.GPT2LMHeadModel.from_pretrained
+    asked: list[object] = []
+
+    def from_pretrained(*args: Any, device_map: object = None, **kwargs: Any) -> Any:
+        asked.append(device_map)
+        model, report = real(*args, **kwargs)
+        # What transformers does where there are several devices: every layer moves what it reads to its own.
+        layers = dict.fromkeys(("transformer", "lm_head"), "cpu")
+        return accelerate.dispatch_model(model, layers, force_hooks=True), report
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    spread = load_teacher(files, device="cpu", spread=True)
+    assert asked == ["auto"]
+    assert hasattr(spread.model.transformer, "_hf_hook")
+    ids_BT = np.arange(24).reshape(2, 12)
+    torch.testing.assert_close(spread.hidden(ids_BT), whole.hidden(ids_BT), rtol=0, atol=0)
+
+
+def test_a_teacher_whose_layers_do_not_fit_on_the_gpus_is_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real: Any = transformers.GPT2LMHeadModel.from_pretrained
+
+    def from_pretrained(*args: Any, device_map: object = None, **kwargs: Any) -> Any:
+        model, report = real(*args, **kwargs)
+        model.hf_device_map = {"transformer": 0, "lm_head": "cpu"}
+        return model, report
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    assert "layers left to cpu" in refused(
+        "teacher-too-large", load_teacher, resolve_teacher(str(folder)), device="cpu", spread=True
+    )

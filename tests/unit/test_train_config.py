@@ -127,3 +127,11 @@ def test_settings_import_no_torch() -> None:
     subprocess.run(
         [sys.executable, "-c", "import sys, train.config; sys.exit('torch' in sys.modules)"], check=True, timeout=60
     )
+
+
+@pytest.mark.parametrize("cache", ["s3://bucket/cache", Path("folder/cache"), "folder/cache"])
+def test_an_address_stays_what_it_is(cache: str | Path) -> None:
+    config = TrainConfig(**{**PATHS, "cache": cache, "evaluate_cache": cache})
+    expected = cache if cache == "s3://bucket/cache" else Path("folder/cache")
+    for found in (config, TrainConfig.model_validate_json(config.model_dump_json())):
+        assert (found.cache, found.evaluate_cache) == (expected, expected)
