@@ -22,6 +22,7 @@ from cache_spec.manifest import MANIFEST_NAME
 from cache_spec.receipts import SEAL_NAME, receipt_object
 from cache_spec.store import open_store
 from pipeline import push_hub
+from pipeline.cli import run
 from pipeline.pull import pull
 from pipeline.push import push
 from pipeline.push_hub import STAGING_NAME, push_to_hub
@@ -114,6 +115,14 @@ def test_a_store_is_one_commit_and_goes_to_other_processes(cache: Path, hub: Run
     for name, data in expected.items():
         assert again.get(name) == data
     assert again.get("nothing") is None
+
+
+def test_a_cache_is_verified_where_it_lies(
+    cache: Path, hub: RunningHub, repo: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KDPIPE_HOME", str(tmp_path))
+    sent(cache, f"hf://datasets/{repo}")
+    assert run(["verify", f"hf://datasets/{repo}", "--json"]) == 0
 
 
 def test_neighbours_are_read_in_one_request(cache: Path, hub: RunningHub, repo: str) -> None:
