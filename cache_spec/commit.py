@@ -107,6 +107,7 @@ def publish_shard(cache: Path, manifest: Manifest, packed: PackedShard) -> Recei
             publish_new(temporaries[RECEIPTS_FOLDER], receipt_path(cache, shard))
             sync_folder(cache / RECEIPTS_FOLDER)
     finally:
-        for temporary in temporaries.values():
-            temporary.unlink(missing_ok=True)
+        with writing(cache):
+            for temporary in temporaries.values():
+                temporary.unlink(missing_ok=True)
     return receipt

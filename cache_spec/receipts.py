@@ -24,7 +24,7 @@ from cache_spec.smallfile import MAX_RECEIPT_BYTES, read_small, small_file_diges
 
 SEAL_NAME = "seal.json"
 RECEIPTS_FOLDER = "receipts"
-_MOST_UNSEEN_SHARDS = 200_000
+MOST_UNSEEN_SHARDS = 200_000
 
 
 class FileReceipt(Record):
@@ -228,10 +228,14 @@ def committed_shards(cache: Path, manifest: Manifest) -> list[int]:
 def refuse_absurd(cache: Path, manifest: Manifest) -> None:
     """Raise ``unfinished-cache`` where a manifest claims so many shards that to go through them would not end."""
     folder = cache / RECEIPTS_FOLDER
-    num_files = len(os.listdir(folder)) if folder.is_dir() else 0
-    if manifest.blocks.num_shards > _MOST_UNSEEN_SHARDS + num_files:
-        found = f"{num_files} receipts"
-        raise CacheError("unfinished-cache", cache, expected=f"{manifest.blocks.num_shards} shards", found=found)
+    refuse_endless(manifest, len(os.listdir(folder)) if folder.is_dir() else 0, cache)
+
+
+def refuse_endless(manifest: Manifest, num_receipts: int, place: object) -> None:
+    """As ``refuse_absurd``, where so many receipts are known to be there."""
+    if manifest.blocks.num_shards > MOST_UNSEEN_SHARDS + num_receipts:
+        found = f"{num_receipts} receipts"
+        raise CacheError("unfinished-cache", place, expected=f"{manifest.blocks.num_shards} shards", found=found)
 
 
 def unfinished(cache: Path, manifest: Manifest) -> CacheError:

@@ -16,7 +16,7 @@ from cache_spec.errors import CacheError
 from cache_spec.layout import array_specs
 from cache_spec.local_copy import is_inside
 from cache_spec.manifest import MANIFEST_NAME, Manifest
-from cache_spec.receipts import SEAL_NAME, read_manifest, receipt_object
+from cache_spec.receipts import RECEIPTS_FOLDER, SEAL_NAME, read_manifest, receipt_object, refuse_endless
 from cache_spec.store import ReadableStore, open_store
 from cache_spec.tables import table_paths
 from cache_spec.validate import Problem, known_files, verify_cache
@@ -40,7 +40,12 @@ def verify_stored(url: str, folder: Path, on_shard: Callable[[int], object] = la
         except CacheError:
             problems = verify_cache(fetched.path)
         else:
-            problems = _stray_objects(store, manifest)
+            names = {listed.name for listed in store.list()}
+            try:
+                refuse_endless(manifest, sum(name.startswith(f"{RECEIPTS_FOLDER}/") for name in names), url)
+            except CacheError as error:
+                return [Problem(error.kind, error.place, error.expected, error.found)]
+            problems = _stray_objects(url, names - known_files(manifest))
             fetched.now([name for name in manifest.files if is_inside(name)])
             fetched.now([*table_paths(manifest), *map(receipt_object, range(manifest.blocks.num_shards))])
             shards = _Shards(fetched, manifest)
@@ -97,12 +102,10 @@ class _Shards:
             (self._fetched.path / spec.shard_path(shard)).unlink(missing_ok=True)
 
 
-def _stray_objects(store: ReadableStore, manifest: Manifest) -> list[Problem]:
+def _stray_objects(url: str, names: Iterable[str]) -> list[Problem]:
     """Objects that no rule accounts for; hidden ones are nobody's data."""
-    known = known_files(manifest)
-    strays = (listed.name for listed in store.list() if listed.name not in known)
     return [
-        Problem("unexpected-file", f"{store.url}/{name}", "nothing here", None)
-        for name in sorted(strays)
+        Problem("unexpected-file", f"{url}/{name}", "nothing here", None)
+        for name in sorted(names)
         if not any(part.startswith(".") for part in name.split("/"))
     ]

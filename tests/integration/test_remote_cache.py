@@ -21,7 +21,7 @@ from cache_spec.receipts import receipt_object
 from cache_spec.store import ObjectStore
 from cache_spec.verify_stored import verify_stored
 from pipeline.cli import cli
-from tests.object_stores import RunningS3, upload
+from tests.object_stores import BUCKET, RunningS3, upload
 from tests.runs import BLOCKS, assert_same_run, run_settings, save_run_cache, save_run_teacher
 from tests.synthetic import ENCODINGS, make_manifest, make_rows, write_cache
 from train.batches import StepPlan, micro_batches
@@ -166,6 +166,13 @@ def test_what_is_wrong_in_a_store_is_found_where_it_is(s3: RunningS3, tmp_path: 
     }
     assert not any(".hidden" in place for _, place in found)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_manifest_of_endless_shards_in_a_store_is_refused_at_once(s3: RunningS3, tmp_path: Path) -> None:
+    store = ObjectStore(f"s3://{BUCKET}/remote/endless")
+    manifest = make_manifest(num_blocks=2**50, encoding=ENCODINGS["topk"])
+    store.put("manifest.json", manifest.to_json())
+    assert [problem.kind for problem in verify_stored(store.url, tmp_path)] == ["unfinished-cache"]
 
 
 def test_commands_take_an_address(
