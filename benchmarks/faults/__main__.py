@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.faults.cluster import cluster_campaign
-from benchmarks.faults.damage import damage_campaign
+from benchmarks.faults.damage import NUM_DOCUMENTS, damage_campaign
 from benchmarks.faults.disk import disk_campaign
 from benchmarks.faults.flips import flip_campaign
 from benchmarks.faults.fuzz import fuzz_campaign
@@ -65,7 +65,7 @@ CAMPAIGNS = {
     "nanny-kills": Campaign(3, partial(cluster_campaign, victim="nanny"), 2, 100, 100),
     "power": Campaign(4, power_campaign, 100, 5_000),
     "flips": Campaign(5, flip_campaign, 100, 10_000),
-    "damage": Campaign(6, damage_campaign, 60, 1_000_000),
+    "damage": Campaign(6, damage_campaign, 60, 1_000_000, NUM_DOCUMENTS),
     "disk-full": Campaign(7, partial(disk_campaign, fault="ENOSPC"), 10, 1_000_000),
     "disk-error": Campaign(7, partial(disk_campaign, fault="EIO"), 10, 1_000_000),
     "disk-short": Campaign(7, partial(disk_campaign, fault="short"), 5, 1_000_000, 40),

@@ -28,6 +28,7 @@ _SETTINGS: dict[str, dict[str, Any]] = {"topk": {"k": 24, "hidden_window": 1}, "
 _SIZES = {"block_tokens": 64, "batch_blocks": 8, "shard_blocks": 16, "limit_tokens": 64 * 56}
 """In four shards, the last one short."""
 NUM_DOCUMENTS = 100
+"""Of the text, enough for all shards."""
 
 
 class Damage(NamedTuple):
@@ -73,6 +74,7 @@ def damage_campaign(small: SmallCaptures, num_damages: int, rng: random.Random) 
         assert verify_cache(cache) == []
         clean = values_read(cache)
         every += [(cache, clean, damage) for damage in _damages(cache)]
+    assert any(damage.kind == "exchanged" for _, _, damage in every), "the caches have one shard"
     chosen = sorted(rng.sample(range(len(every)), min(num_damages, len(every))))
     for cache, clean, damage in (every[number] for number in chosen):
         before = [path.read_bytes() for path in damage.paths]

@@ -232,8 +232,8 @@ def machine_campaign(small: SmallCaptures, num_steps: int, rng: random.Random) -
         clean = small.clean(encoding, limit_tokens=_BLOCKS * BLOCK_TOKENS)
         _CacheMachine.expected[encoding] = digests(clean), values_read(clean)
     checked = settings(
-        max_examples=_RUNS,
-        stateful_step_count=_STEPS,
+        max_examples=min(_RUNS, 1 + num_steps // _STEPS),
+        stateful_step_count=min(_STEPS, num_steps),
         deadline=None,
         database=None,
         phases=[Phase.generate],

@@ -13,6 +13,7 @@ import signal
 from collections import Counter
 from functools import partial
 from pathlib import Path
+from threading import get_ident
 from typing import Any
 
 from benchmarks.faults.calls import Call, calls_told
@@ -41,6 +42,7 @@ class _Commit:
         self.cache, self.files, self.die_at, self.told_path = cache, files, die_at, told
         self.steps: list[str] = []
         self.is_over = False
+        self.thread: int | None = None
 
     def told(self, call: Call) -> None:
         name = call.path.relative_to(self.cache).as_posix()
@@ -48,8 +50,11 @@ class _Commit:
         is_temporary = file.startswith(TEMPORARY_PREFIX)
         whole = f"{folder}/{file.removeprefix(TEMPORARY_PREFIX).rsplit('-', 2)[0]}" if is_temporary else name
         # Whether it was committed is looked up before anything is made.
-        if self.is_over or (not self.steps and not is_temporary) or (not self.steps and whole not in self.files):
+        begins = is_temporary and whole in self.files
+        # Another thread of the capture reads the next shard meanwhile.
+        if self.is_over or self.thread not in (None, get_ident()) or not (self.steps or begins):
             return
+        self.thread = get_ident()
         array = whole.split("/")[0] if "/" in whole else whole
         what = f"{array}: {'temporary' if is_temporary else 'file' if whole in self.files else 'folder'}"
         for part in ("before", *(["amid"] if call.name == "write" else [])):

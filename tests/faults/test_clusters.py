@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import shutil
 import signal
-import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -24,6 +21,7 @@ from pipeline.config import CaptureConfig
 from pipeline.job import Job, JobRef, versions, write_job
 from pipeline.progress import Progress
 from pipeline.workers_config import WorkersConfig
+from tests.certificates import Authority
 from tests.cluster_tasks import POISONED, begun_task, deadly_task, slow_task, times_begun
 from tests.clusters import RunningCluster, running_cluster, wait_until
 from tests.integration.test_capture import contents
@@ -198,36 +196,13 @@ def test_a_cluster_without_workers_is_told(tmp_path: Path) -> None:
 
 
 def test_a_cluster_of_tls_is_used_with_certificates_and_not_without(tmp_path: Path) -> None:
-    certificate, key = certificates(tmp_path)
-    options = ("--tls-ca-file", str(certificate), "--tls-cert", str(certificate), "--tls-key", str(key))
-    with running_cluster(tmp_path / "cluster", 1, scheme="tls", options=options) as running:
-        settings = WorkersConfig(scheduler=running.address, tls_ca=certificate, tls_cert=certificate, tls_key=key)
+    ours = Authority(tmp_path, "ours").certify("node")
+    with running_cluster(tmp_path / "cluster", 1, scheme="tls", options=ours.dask_options) as running:
+        settings = WorkersConfig(
+            scheduler=running.address, tls_ca=ours.authority, tls_cert=ours.certificate, tls_key=ours.key
+        )
         with connected(settings, 1) as client:
             assert campaign(client, tmp_path / "begun", begun_task).num_done == NUM_SHARDS
         settings = WorkersConfig(scheduler=running.address, cluster_timeout=5.0)
         with pytest.raises(KdpipeError, match="no-scheduler: scheduler tls://"), connected(settings, 1):
             pass
-
-
-def certificates(folder: Path) -> tuple[Path, Path]:
-    """A certificate that signs itself, and its key."""
-    if shutil.which("openssl") is None:
-        pytest.skip("no openssl to make certificates with")
-    certificate, key = folder / "cluster.pem", folder / "cluster.key"
-    options = ["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=kdpipe-test"]
-    subprocess.run(
-        ["openssl", *options, "-keyout", str(key), "-out", str(certificate)], check=True, capture_output=True
-    )
-    return certificate, key
-
-
-def test_local_workers_leave_loopback_with_tls_only(tmp_path: Path) -> None:
-    host = "127.0.0.2"  # any address but the default one
-    if importlib.util.find_spec("cryptography") is None:
-        told = r"no-cryptography: --workers-host.*pip install cryptography"
-        with pytest.raises(BadInputError, match=told), local_cluster(1, host=host):
-            pass
-        return
-    with local_cluster(1, host=host) as workers, Client(workers, set_as_default=False) as client:
-        assert workers.scheduler_address.startswith(f"tls://{host}:")
-        assert campaign(client, tmp_path / "begun", begun_task).num_done == NUM_SHARDS

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import sys
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import faults_training, memory, quantisation, stores, teacher
+from benchmarks import faults_training, memory, quantisation, remote, stores, teacher
 from benchmarks.capture import __main__ as capture
 from benchmarks.training import __main__ as training
 from cache_spec.encodings.topk import TopK
@@ -119,10 +118,21 @@ def test_the_quick_start_of_the_readme_runs_as_it_stands(tmp_path: Path, monkeyp
         assert cli.run([part.replace("work/", f"{tmp_path}/") for part in arguments]) == 0
 
 
+def test_the_benchmark_of_a_remote_cache_tells_what_training_waits(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = "--shards 6 --shard-blocks 2 --block-tokens 8 --vocabulary 50 --k 3 --batch-blocks 2 --step-ms 1 --turns 1"
+    report = run(remote, capsys, monkeypatch, *sizes.split())
+    assert report["fetched_bytes"] > 0
+    for way in ("local", "cold", "warm", "cold_without_read_ahead"):
+        assert 0 <= report[way]["wait_share"] < 1
+
+
 def test_the_stores_benchmark_measures_each_library(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(os, "environ", dict(os.environ))
+    for name in ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION"):
+        monkeypatch.setenv(name, "set by the benchmark, and taken back after the test")
     report = run(stores, capsys, monkeypatch, "--large", 1, "--small", 2, "--listed", 3, "--rounds", 1)
     assert set(report["obstore"]) == {f"{verb}_{size}_s" for verb in ("put", "get") for size in ("4_mib", "64_kib")} | {
         "list_s"

@@ -17,7 +17,7 @@ import train.steps
 from cache_spec.address import BYTES_PER_GB, CopySettings
 from cache_spec.errors import BadInputError, KdpipeError
 from cache_spec.reader import CacheReader
-from cache_spec.receipts import receipt_name
+from cache_spec.receipts import receipt_object
 from cache_spec.store import ObjectStore
 from cache_spec.verify_stored import verify_stored
 from pipeline.cli import cli
@@ -153,7 +153,7 @@ def test_what_is_wrong_in_a_store_is_found_where_it_is(s3: RunningS3, tmp_path: 
     store.put("input_ids/c.1.0", bytes(data))
     store.put("stray", b"")
     store.put(".hidden/stray", b"")
-    store.delete(["head_gaps/c.2.0.0", receipt_name(3), "hidden/zarr.json", "prototypes/c.0.0.0"])
+    store.delete(["head_gaps/c.2.0.0", receipt_object(3), "hidden/zarr.json", "prototypes/c.0.0.0"])
     problems = verify_stored(store.url, tmp_path)
     found = {(problem.kind, problem.place.removeprefix(f"{store.url}/")) for problem in problems}
     assert found >= {

@@ -6,6 +6,7 @@ import fcntl
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +48,20 @@ def kept(copies: CopySettings) -> list[Path]:
 
 
 def data_bytes(copies: CopySettings) -> int:
-    """On disk, temporary files too, at one moment: nothing appears or goes without this lock."""
+    """On disk, temporary files too: nothing more is made, or removed, while this lock is held.
+
+    A file may get its final name meanwhile, and have two names for a moment.
+    """
     if not (copies.copies / ".used").exists():
         return 0
+    sizes: dict[int, int] = {}
     with open(copies.copies / ".used") as counted:
         fcntl.flock(counted, fcntl.LOCK_SH)
-        return sum(path.stat().st_size for path in copies.copies.rglob("*c.*"))
+        for path in copies.copies.rglob("*c.*"):
+            with suppress(FileNotFoundError):
+                found = path.stat()
+                sizes[found.st_ino] = found.st_size
+    return sum(sizes.values())
 
 
 def bounded(copies: CopySettings, num_bytes: int) -> CopySettings:

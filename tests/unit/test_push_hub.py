@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import base64
+import io
 import os
 import pickle
 import re
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from cache_spec.manifest import MANIFEST_NAME
 from cache_spec.receipts import SEAL_NAME, receipt_object
 from cache_spec.store import open_store
 from pipeline import push_hub
+from pipeline.cli import run
 from pipeline.pull import pull
 from pipeline.push import push
 from pipeline.push_hub import STAGING_NAME, push_to_hub
@@ -71,6 +74,21 @@ def test_what_was_pushed_is_pulled_and_every_revision_is_whole_or_none(
     assert not (cache / STAGING_NAME).exists()
 
 
+def test_any_zip_reader_makes_the_cache_of_what_lies_on_the_hub(
+    cache: Path, hub: RunningHub, repo: str, tmp_path: Path
+) -> None:
+    url = f"hf://datasets/{repo}"
+    sent(cache, url)
+    store = HubStore(url)
+    for name in (MANIFEST_NAME, SEAL_NAME):
+        (tmp_path / name).write_bytes(store.get(name) or b"")
+    for name in hub.tell("files", repo=repo):
+        if name.endswith(".zip"):
+            with zipfile.ZipFile(io.BytesIO(store.get(name) or b"")) as archive:
+                archive.extractall(tmp_path)
+    assert contents(tmp_path) == contents(cache)
+
+
 def test_a_cache_fits_into_a_folder_of_a_branch(cache: Path, hub: RunningHub, repo: str, tmp_path: Path) -> None:
     sent(cache, f"hf://datasets/{repo}")
     other = written(tmp_path / "other", seed=1)
@@ -97,6 +115,14 @@ def test_a_store_is_one_commit_and_goes_to_other_processes(cache: Path, hub: Run
     for name, data in expected.items():
         assert again.get(name) == data
     assert again.get("nothing") is None
+
+
+def test_a_cache_is_verified_where_it_lies(
+    cache: Path, hub: RunningHub, repo: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KDPIPE_HOME", str(tmp_path))
+    sent(cache, f"hf://datasets/{repo}")
+    assert run(["verify", f"hf://datasets/{repo}", "--json"]) == 0
 
 
 def test_neighbours_are_read_in_one_request(cache: Path, hub: RunningHub, repo: str) -> None:
