@@ -18,6 +18,8 @@ from typing import Any
 import dask
 from dask.distributed import Client, LocalCluster, Security
 from dask.system import CPU_COUNT
+from distributed.scheduler import DEFAULT_EXTENSIONS
+from distributed.spans import SpanMetadata, SpansSchedulerExtension
 
 from cache_spec.errors import BadInputError, KdpipeError
 from cache_spec.failures import first_line
@@ -81,7 +83,11 @@ def local_cluster(num_workers: int, *, host: str = LOOPBACK, dashboard: bool = F
                 processes=True,
                 host=host,
                 security=security,
-                scheduler_kwargs={"dashboard": dashboard, "dashboard_address": web},
+                scheduler_kwargs={
+                    "dashboard": dashboard,
+                    "dashboard_address": web,
+                    "extensions": {**DEFAULT_EXTENSIONS, "spans": ForgetfulSpans},
+                },
                 worker_dashboard_address=None if host == LOOPBACK else f"{LOOPBACK}:0",
                 memory_limit=0,
                 silence_logs=logging.CRITICAL,
@@ -91,6 +97,13 @@ def local_cluster(num_workers: int, *, host: str = LOOPBACK, dashboard: bool = F
             signal.signal(signal.SIGINT, handler)
     with cluster:
         yield cluster
+
+
+class ForgetfulSpans(SpansSchedulerExtension):
+    """Dask's spans note what each submitted task is of, for as long as the scheduler runs: half a kB a shard."""
+
+    def observe_tasks(self, tss: Any, code: Any, span_metadata: Any) -> Any:
+        return super().observe_tasks(tss, code, SpanMetadata(collections=[]))
 
 
 def local_threads(config: WorkersConfig) -> int | None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
+from distributed.spans import SpanMetadata, SpansSchedulerExtension
 from pydantic import ValidationError
 
-from pipeline.cluster import local_cluster, local_threads
+from pipeline.cluster import ForgetfulSpans, local_cluster, local_threads
 from pipeline.workers_config import WorkersConfig
 from tests.refusals import refused
 
@@ -43,3 +44,10 @@ def test_without_the_package_for_certificates_workers_stay_on_loopback(monkeypat
     told = refused("no-cryptography", local_cluster(1, host="192.0.2.1").__enter__)
     assert "--workers-host" in told
     assert "pip install cryptography" in told
+
+
+def test_the_scheduler_keeps_no_note_of_each_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    noted: list[Any] = []
+    monkeypatch.setattr(SpansSchedulerExtension, "observe_tasks", lambda *arguments: noted.append(arguments[-1]))
+    ForgetfulSpans(cast(Any, None)).observe_tasks([], (), SpanMetadata(collections=[{"type": "Future"}]))
+    assert noted == [{"collections": []}]
