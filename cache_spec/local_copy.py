@@ -18,7 +18,15 @@ from cache_spec.bounded import BoundedFolder
 from cache_spec.errors import CacheError
 from cache_spec.layout import ArraySpec
 from cache_spec.manifest import MANIFEST_NAME, Manifest, sha256_hex
-from cache_spec.receipts import SEAL_NAME, Receipt, parse_receipt, parse_seal, receipt_object, small_file_errors
+from cache_spec.receipts import (
+    SEAL_NAME,
+    Receipt,
+    is_inside,
+    parse_receipt,
+    parse_seal,
+    receipt_object,
+    small_file_errors,
+)
 from cache_spec.store import ReadableStore, open_store
 from cache_spec.tables import read_table, table_paths
 from cache_spec.targets import Array
@@ -188,9 +196,3 @@ def read_stored_manifest(url: str) -> Manifest:
 
 def _no_cache(store: ReadableStore) -> CacheError:
     return CacheError("not-a-cache", store.url, expected=f"an object {MANIFEST_NAME}", found="none")
-
-
-def is_inside(name: str) -> bool:
-    """Whether a path of the manifest's leads into the cache."""
-    parts = PurePosixPath(name)
-    return not parts.is_absolute() and ".." not in parts.parts and "\\" not in name

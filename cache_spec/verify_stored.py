@@ -14,9 +14,8 @@ from tempfile import TemporaryDirectory
 from cache_spec.durable import make_folder, writing
 from cache_spec.errors import CacheError
 from cache_spec.layout import array_specs
-from cache_spec.local_copy import is_inside
 from cache_spec.manifest import MANIFEST_NAME, Manifest
-from cache_spec.receipts import RECEIPTS_FOLDER, SEAL_NAME, read_manifest, receipt_object, refuse_endless
+from cache_spec.receipts import RECEIPTS_FOLDER, SEAL_NAME, is_inside, read_manifest, receipt_object, refuse_endless
 from cache_spec.store import ReadableStore, open_store
 from cache_spec.tables import table_paths
 from cache_spec.validate import Problem, known_files, verify_cache
