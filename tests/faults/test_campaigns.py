@@ -20,8 +20,8 @@ from benchmarks.faults.small import SmallCaptures, digests
 from benchmarks.faults.tally import Tally
 
 COUNTS = {
-    "kills": 3, "steps": 4, "power": 10, "flips": 10, "damage": 10, "disk-full": 2, "disk-error": 3, "disk-short": 2, "races": 2, "hostile": 12, "other": 8,
-    "machine": 20, "fuzz": 100,
+    "kills": 3, "steps": 4, "power": 10, "flips": 10, "damage": 10, "disk-full": 2, "disk-error": 3, "disk-short": 2,
+    "races": 2, "hostile": 12, "other": 8, "machine": 20, "fuzz": 100,
 }  # fmt: skip
 ON_CLUSTERS = ["worker-kills", "client-kills", "scheduler-kills", "nanny-kills"]
 OWN_TESTS = {"power"}
