@@ -214,9 +214,10 @@ def receipts_digest(cache: Path, manifest: Manifest) -> str:
     """Digest over all receipts in shard order."""
     digest, common = hashlib.sha256(), _Common.of(manifest)
     for shard in range(manifest.blocks.num_shards):
-        if _read_receipt(cache, manifest, shard, common) is None:
+        receipt = _read_receipt(cache, manifest, shard, common)
+        if receipt is None:
             raise unfinished(cache, manifest)
-        digest.update(receipt_path(cache, shard).read_bytes())
+        digest.update(receipt.to_json())  # its bytes, as a sealed file has one form alone
     return digest.hexdigest()
 
 
