@@ -65,10 +65,10 @@ def capture_on_workers(
         weight_files=files.weight_files,
         gguf_file=files.gguf_file,
         revision=files.revision,
-        weights_sha256=manifest.teacher.weights_sha256,
-        device=manifest.compute.device_type if device == "auto" else device,
+        weights_sha256=str(manifest.teacher.weights_sha256),
+        device=manifest.run.device_type if device == "auto" else device,
         spread=config.spread,
-        dtype=manifest.compute.dtype,
+        dtype=manifest.run.dtype,
         num_threads=local_threads(config),
         versions=versions(),
     )
