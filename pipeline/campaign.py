@@ -69,6 +69,7 @@ def capture_on_workers(
         device=manifest.compute.device_type if device == "auto" else device,
         spread=config.spread,
         dtype=manifest.compute.dtype,
+        compiled=manifest.compute.compiled,
         num_threads=local_threads(config),
         versions=versions(),
     )
