@@ -18,7 +18,7 @@ from pipeline.config import CaptureConfig, TranscodeConfig
 from pipeline.family_command import FamilyOptions, family_options, run_family
 from pipeline.settings import emit, flags_of, settings
 from train.config import TrainConfig
-from train.evaluate_config import EvaluateConfig
+from train.evaluation.config import EvaluateConfig
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object and no progress bars.")
 dry_run = click.option("--dry-run", is_flag=True, help="Say what would be done and what it would cost; write nothing.")
@@ -267,7 +267,7 @@ def train_student(
 @as_json
 def evaluate(config: EvaluateConfig, as_json: bool) -> None:
     """Measure models on text and against a cache."""
-    from train.evaluate import evaluate_models, table
+    from train.evaluation.evaluate import evaluate_models, table
 
     rows = evaluate_models(config, quiet=as_json)
     emit(as_json, {"models": rows}, table(rows))

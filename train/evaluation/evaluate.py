@@ -25,9 +25,8 @@ from cache_spec.errors import BadInputError, KdpipeError
 from cache_spec.reader import CacheReader
 from train.distil_batch import from_numpy, to_tensors
 from train.distiller import labels_of, shift_labels
-from train.evaluate_config import EvaluateConfig
-from train.loss_targets import NO_LABEL, BucketTargets, DenseTargets, HeadLossTargets
-from train.measures import (
+from train.evaluation.config import EvaluateConfig
+from train.evaluation.measures import (
     Calibration,
     LabelMeasures,
     TeacherMeasures,
@@ -35,12 +34,13 @@ from train.measures import (
     compare_with_logits,
     measure_labels,
 )
+from train.evaluation.scorer import FoundModel, Scorer, find_model, load_scorer, pick_dtype
+from train.evaluation.text import TokenisedText, read_text
+from train.loss_targets import NO_LABEL, BucketTargets, DenseTargets, HeadLossTargets
 from train.memory import out_of_memory_at
 from train.run import pick_device
-from train.scorer import FoundModel, Scorer, find_model, load_scorer, pick_dtype
 from train.student import quiet_transformers
 from train.teacher_targets import TeacherTargets, pick_tail
-from train.text import TokenisedText, read_text
 
 
 def evaluate_models(config: EvaluateConfig, *, quiet: bool = False) -> list[dict[str, Any]]:
