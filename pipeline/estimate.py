@@ -112,7 +112,7 @@ def _facts(
     passes = num_tokens + (min(num_tokens, getattr(encoding, "calibration_tokens", 0)) if learnt else 0)
     return {
         "teacher": manifest.teacher.model_dump(mode="json"),
-        "compute": manifest.compute.model_dump(mode="json"),
+        "compute": manifest.compute.model_dump(mode="json") if manifest.compute else None,
         "encoding": encoding.model_dump(mode="json"),
         "tokens": num_tokens,
         "tokens_certainty": certainty,

@@ -18,6 +18,7 @@ from cache_spec.address import CopySettings
 from cache_spec.encodings.hidden import Hidden
 from cache_spec.encodings.topk import Head
 from cache_spec.errors import BadInputError
+from cache_spec.imported import refuse_import
 from cache_spec.layout import array_specs
 from cache_spec.manifest import Manifest
 from cache_spec.masking import REPLACEMENTS, SELECTED
@@ -52,7 +53,7 @@ def compare_with_teacher(
     """
     reader = CacheReader.open(cache, copy)
     manifest = reader.manifest
-    files, compute = teacher_of(manifest, teacher, gguf_file), manifest.compute
+    files, compute = teacher_of(manifest, teacher, gguf_file), manifest.run
     running = load_teacher(files, device="auto", dtype=compute.dtype, compiled=compute.compiled)
     encoder = encoder_of(manifest, {name: reader.table(name) for name in manifest.tables}, running.device)
     blocks, batch = manifest.blocks, compute.batch_blocks
@@ -82,6 +83,7 @@ def compare_with_teacher(
 
 def teacher_of(manifest: Manifest, teacher: str | None, gguf_file: str | None) -> TeacherFiles:
     """The files of a cache's teacher, where it lies now; BadInputError ``other-teacher`` for other weights."""
+    refuse_import(manifest.imported, f"cache {manifest.fingerprint[:16]}", "targets that a teacher was run for")
     if teacher is None and manifest.teacher.revision is None:
         hint = "say where the teacher lies with --teacher"
         raise BadInputError("unknown-teacher", manifest.teacher.name, expected="a folder", hint=hint)
@@ -89,7 +91,7 @@ def teacher_of(manifest: Manifest, teacher: str | None, gguf_file: str | None) -
     files = resolve_teacher(name, revision=None if teacher else manifest.teacher.revision, gguf_file=gguf_file)
     info, _ = describe_teacher(files)
     if info.weights_sha256 != manifest.teacher.weights_sha256:
-        expected, found = manifest.teacher.weights_sha256, info.weights_sha256
+        expected, found = str(manifest.teacher.weights_sha256), str(info.weights_sha256)
         raise BadInputError("other-teacher", name, expected=f"weights {expected[:16]}", found=found[:16])
     return files
 

@@ -48,7 +48,7 @@ def test_a_compiled_teacher_gives_the_same_targets(
     capture(compiled)
     assert graphs > 0
     ours, theirs = CacheReader.open(compiled.out), CacheReader.open(plain.out)
-    assert (ours.manifest.compute.compiled, theirs.manifest.compute.compiled) == (True, False)
+    assert (ours.manifest.run.compiled, theirs.manifest.run.compiled) == (True, False)
     blocks = range(ours.manifest.blocks.num_blocks)
     for name in ("input_ids", "head_ids", "head_gaps"):
         np.testing.assert_array_equal(ours.read(name, blocks), theirs.read(name, blocks))
