@@ -15,12 +15,14 @@ FOLDER = Path(__file__).parent.parent / "docs" / "pictures"
 _STYLE = """
 svg { font-family: system-ui, sans-serif; font-size: 14px; }
 .paper { fill: #ffffff; } .ink { fill: #1f2328; } .soft { fill: #57606a; font-size: 12px; }
-.box { fill: #eef4fb; stroke: #4a7ab5; } .disk { fill: #fdf3e1; stroke: #b7791f; } .end { fill: #eaf6ec; stroke: #3f8f4f; }
+.box { fill: #eef4fb; stroke: #4a7ab5; } .disk { fill: #fdf3e1; stroke: #b7791f; }
+.end { fill: #eaf6ec; stroke: #3f8f4f; }
 .line { stroke: #57606a; fill: none; } .tip { fill: #57606a; }
 .head { fill: #4a7ab5; } .tail { fill: #c9d1d9; } .curve { stroke: #b7791f; fill: none; stroke-width: 2.5; }
 @media (prefers-color-scheme: dark) {
 .paper { fill: #16191d; } .ink { fill: #e6edf3; } .soft { fill: #9aa4ae; }
-.box { fill: #1b2a3d; stroke: #6ea0dd; } .disk { fill: #37290f; stroke: #d8a24a; } .end { fill: #16301b; stroke: #63b873; }
+.box { fill: #1b2a3d; stroke: #6ea0dd; } .disk { fill: #37290f; stroke: #d8a24a; }
+.end { fill: #16301b; stroke: #63b873; }
 .line { stroke: #9aa4ae; } .tip { fill: #9aa4ae; }
 .head { fill: #6ea0dd; } .tail { fill: #444c56; } .curve { stroke: #d8a24a; }
 }
