@@ -2,9 +2,10 @@
 
 In: a line as the corpus has it, with its line feed. Out: the line as a model should read it.
 
-The rules for WikiText are those of the field (spaces around ``@-@``, before punctuation and inside brackets and
-quotation marks go), close to what lm-evaluation-harness's wikitext task does. Unknown words, ``<unk>``, and PTB's ``N``
-for numbers stay: what they stood for is not known.
+The rules for WikiText are those of the field (spaces around ``@-@``, before punctuation and inside brackets and double
+quotation marks go), close to what lm-evaluation-harness's wikitext task does. Single quotation marks stay apart: a mark
+by itself may open, close, or be an apostrophe. Unknown words, ``<unk>``, and PTB's ``N`` for numbers stay: what they
+stood for is not known.
 """
 
 from __future__ import annotations
@@ -18,14 +19,13 @@ _BOTH = (
     (re.compile(r"([(\[{]) "), r"\1"),
     (re.compile(r" ([)\]}])"), r"\1"),
     (re.compile(r'" ([^"]*?) "'), r'"\1"'),
-    (re.compile(r"(?<=\s)' ([^']*?) '(?=[\s,.;:!?])"), r"'\1'"),
+    (re.compile(r"([$#£¥₱€]) (?=N|\d)"), r"\1"),
 )
 _WIKITEXT = (
     (re.compile(r" @([-,.])@ "), r"\1"),
     (re.compile(r"= (?==)"), "="),
     (re.compile(r" ° "), "°"),
 )
-_PTB = ((re.compile(r"([$#]) (?=N|\d)"), r"\1"),)
 
 
 def detokenise_wikitext(line: str) -> str:
@@ -35,7 +35,7 @@ def detokenise_wikitext(line: str) -> str:
 
 def detokenise_ptb(line: str) -> str:
     """A sentence of PTB."""
-    return _rewritten(line, (*_PTB, *_BOTH))
+    return _rewritten(line, _BOTH)
 
 
 def _rewritten(line: str, rules: tuple[tuple[re.Pattern[str], str], ...]) -> str:

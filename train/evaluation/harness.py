@@ -52,8 +52,8 @@ def write_task(corpus: Corpus, folder: Path, *, examples: Sequence[Example] | No
 def run_harness(model: Any, tokenizer: Any, plans: Sequence[WindowPlan], batch_size: int) -> list[dict[str, Any]]:
     """Measure whole corpora of text, and the examples of the others that ``plans`` keep.
 
-    For each plan ``corpus``, ``task``, ``version`` (the harness's) and ``figures``, by the names that
-    ``corpus_figures`` has for the same: ``word_perplexity``, ``bits_per_byte``, ``perplexity`` and ``accuracy`` where the task gives them.
+    For each plan ``corpus``, ``task``, ``version`` (the harness's) and ``figures``: ``word_perplexity``,
+    ``bits_per_byte``, ``perplexity`` and ``accuracy`` where the task gives them, as ``corpus_figures`` has them.
     """
     require_harness()
     import lm_eval
