@@ -370,7 +370,7 @@ def test_table_aligns_columns_and_shows_teacher_and_models_under_each_other() ->
     on_cache |= {"ece": 0.125, "kl_is": "exact", "kl_to_teacher": 0.5, "agreement": 0.25, "overlap": 0.75}
     on_cache |= {"tokens_per_s": 10.0, "teacher_loss": 2.0, "teacher_perplexity": 7.0}
     row = {"name": "a-model", "parameters": 1234, "texts": [on_text], "cache": on_cache}
-    row |= {"corpora": [], "speed": None, "samples": []}
+    row |= {"corpora": [], "speed": None, "samples": [], "harness": None}
     assert shown([row]) == [
         "a.txt",
         "model    parameters  tokens    loss  perplexity  bits/byte     ECE  tokens/s",

@@ -49,7 +49,8 @@ def evaluate_models(config: EvaluateConfig, *, quiet: bool = False) -> list[dict
     cache's encoding allows: ``exact`` over the whole vocabulary; ``lower-bound`` where KL and overlap are between
     distributions over the cached head and one bucket for the rest, which makes overlap an upper bound; None for drawn
     targets, which do not tell, and then all three are None. ``intervals`` resample its blocks;
-    ``speed``: None, or the fields of ``Speed``; ``samples``: for each prompt ``prompt`` and ``text``.
+    ``speed``: None, or the fields of ``Speed``; ``samples``: for each prompt ``prompt`` and ``text``;
+    ``harness``: None, or what ``run_harness`` returns.
 
     Corpora, texts, cache, tokenizers and configurations are all checked before the first weight is loaded. Raises
     BadInputError, among its kinds ``unknown-model``, ``unreadable-weights``, ``not-a-language-model``,
@@ -132,9 +133,10 @@ def _measure(
         "corpora": [measured.figures for measured in corpora],
         "speed": None,
         "samples": write_samples(scorer.model, source.tokenizer, config),
+        "harness": run_harness(scorer.model, source.tokenizer, source.corpora, config.batch_blocks)
+        if config.harness
+        else None,
     }
-    if config.harness:
-        row["harness"] = run_harness(scorer.model, source.tokenizer, source.corpora, config.batch_blocks)
     return row, corpora
 
 

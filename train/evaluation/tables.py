@@ -35,7 +35,8 @@ def table(report: Mapping[str, Any]) -> list[str]:
 def _corpora(rows: Sequence[Row], bootstrap: Mapping[str, Any]) -> list[list[str]]:
     if not rows[0]["corpora"]:
         return []
-    cells = [["corpus", "figure", *(row["name"] for row in rows)]]
+    names = _short([row["name"] for row in rows])
+    cells = [["corpus", "figure", *names]]
     protocols = []
     for number, first in enumerate(rows[0]["corpora"]):
         of_models = [row["corpora"][number] for row in rows]
@@ -45,18 +46,28 @@ def _corpora(rows: Sequence[Row], bootstrap: Mapping[str, Any]) -> list[list[str
                 cells.append([first["corpus"], heading, *shown])
         if any(of["difference"] is not None for of in of_models):
             shown = [_with_interval(*_difference(of), 4, sign="+") for of in of_models]
-            cells.append([first["corpus"], f"loss - {rows[0]['name']}", *shown])
-        for row in rows:
-            if row.get("harness"):
+            cells.append([first["corpus"], f"loss - {names[0]}", *shown])
+        for name, row in zip(names, rows, strict=True):
+            if row["harness"] is not None:
                 found = row["harness"][number]["figures"]
-                told = ", ".join(f"{name} {_figure(value)}" for name, value in found.items())
-                protocols.append(f"{first['corpus']}, {row['name']} by lm-evaluation-harness: {told}")
+                told = ", ".join(f"{figure} {_figure(value)}" for figure, value in found.items())
+                protocols.append(f"{first['corpus']}, {name} by lm-evaluation-harness: {told}")
         size = f"{first['num_tokens']:,} tokens, {first['num_units']:,} units ({first['interval_unit']})"
         protocols.append(f"{first['corpus']} ({first['source']}; {size}): {first['protocol']}")
     if bootstrap["resamples"]:
         settings = f"{bootstrap['resamples']:,} resamples of units, seed {bootstrap['seed']}"
         protocols.append(f"[{bootstrap['level']:.0%} intervals] by bootstrap: {settings}; of a loss - loss, of pairs.")
     return [_aligned(cells, left=2), protocols]
+
+
+def _short(names: Sequence[str]) -> list[str]:
+    """Names of models without the folders that do not tell them apart: they head columns."""
+    parts = [name.rstrip("/").split("/") for name in names]
+    for kept in range(1, max(map(len, parts))):
+        short = ["/".join(part[-kept:]) for part in parts]
+        if len(set(short)) == len(set(names)):
+            return short
+    return list(names)
 
 
 def _difference(figures: Row) -> tuple[float | None, list[float] | None]:
