@@ -268,11 +268,14 @@ def train_student(
 @settings(EvaluateConfig, "evaluate")
 @as_json
 def evaluate(config: EvaluateConfig, as_json: bool) -> None:
-    """Measure models on text and against a cache."""
-    from train.evaluation.evaluate import evaluate_models, table
+    """Measure models on corpora, on text and against a cache, and how fast they are."""
+    from train.evaluation.evaluate import evaluate_models, report, write_report
+    from train.evaluation.tables import table
 
-    rows = evaluate_models(config, quiet=as_json)
-    emit(as_json, {"models": rows}, table(rows))
+    facts = report(config, evaluate_models(config, quiet=as_json))
+    if config.out is not None:
+        write_report(config.out, facts)
+    emit(as_json, facts, table(facts))
 
 
 @command()

@@ -35,7 +35,7 @@ COMMANDS = {
     "pull": "Bring a finished cache from a store, or from the Hugging Face Hub.",
     "inspect": "Show what is in a cache and what it costs.",
     "train-student": "Train a student from a cache, without the teacher.",
-    "evaluate": "Measure models on text and against a cache.",
+    "evaluate": "Measure models on corpora, on text and against a cache, and how fast they are.",
     "completion": "Print the script that completes kdpipe in a shell.",
 }
 # Settings of plain text that name a file or a folder as well as something else.

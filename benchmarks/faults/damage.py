@@ -1,7 +1,7 @@
 """Whole pieces of a finished cache that are cut off, zeroed, exchanged or gone.
 
 In: how many, or all: every file cut at every 4 KiB, every page of 4 KiB zeroed, every two shards of an array exchanged,
-every file deleted. Out: counts. ``verify`` must find each; a reader must refuse, or give the very values of the unharmed
+every file deleted. Out: counts. ``verify`` must find each; a reader must refuse, or give the values of the unharmed
 cache: it does not hash whole files, but checks each chunk, and each file's size and end.
 """
 
