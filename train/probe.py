@@ -42,14 +42,14 @@ def probe(order: dict[str, Any]) -> dict[str, Any]:
         "checkpoint_every": _ENOUGH_EPOCHS,
         "max_steps": _MOST_STEPS,
     }
-    config = TrainConfig.model_validate({**settings, **common, "max_hours": 0.6 * seconds / 3600})
+    config = TrainConfig.model_validate({**settings, **common, "max_hours": 0.7 * seconds / 3600})
     began, cpu_began = time.perf_counter(), time.process_time()
     with _optimizer_timed() as optimizer_s:
         result = train(config, quiet=True)
     wall_s, cpu_s = time.perf_counter() - began, time.process_time() - cpu_began
     steps = _steps(out)
     # The same without a teacher; its own start is no part of what a cached run takes.
-    alone = {**settings, **CONTROL_SETTINGS, **common, "max_hours": 0.4 * seconds / 3600, "out": out.with_name("text")}
+    alone = {**settings, **CONTROL_SETTINGS, **common, "max_hours": 0.3 * seconds / 3600, "out": out.with_name("text")}
     began = time.perf_counter()
     train(TrainConfig.model_validate(alone), quiet=True)
     extra_s = time.perf_counter() - began

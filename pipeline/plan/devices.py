@@ -30,6 +30,8 @@ class Device:
     """Memory bandwidth."""
     memory_gb: float | None
     """None: the machine's own."""
+    half_by_default: bool = True
+    """Whether kdpipe computes in half precision there where nothing else is asked for: on CUDA."""
     capture_utilisation: float = 0.5
     """Share of the peak that a large forward pass reaches."""
     training_utilisation: float = 0.4
@@ -40,14 +42,16 @@ class Device:
         """FLOPs a second in that type."""
         return 1e12 * (self.tflops if dtype in ("float32", "fp32") else self.half_tflops)
 
-    @property
-    def is_cpu(self) -> bool:
-        """Whether auto means float32."""
-        return self.half_tflops <= self.tflops
 
-
-def _gpu(name: str, tflops: float, half_tflops: float, gb_per_s: float, memory_gb: float) -> Device:
-    return Device(name=name, tflops=tflops, half_tflops=half_tflops, gb_per_s=gb_per_s, memory_gb=memory_gb)
+def _gpu(name: str, tflops: float, half_tflops: float, gb_per_s: float, memory_gb: float, half: bool = True) -> Device:
+    return Device(
+        name=name,
+        tflops=tflops,
+        half_tflops=half_tflops,
+        gb_per_s=gb_per_s,
+        memory_gb=memory_gb,
+        half_by_default=half,
+    )
 
 
 DEVICES = {
@@ -61,13 +65,14 @@ DEVICES = {
         _gpu("t4", 8.1, 65.0, 320.0, 16.0),
         _gpu("rtx4090", 82.6, 165.2, 1008.0, 24.0),
         _gpu("rtx3090", 35.6, 71.0, 936.0, 24.0),
-        _gpu("m2-max", 13.6, 13.6, 400.0, 96.0),
+        _gpu("m2-max", 13.6, 13.6, 400.0, 96.0, half=False),
         Device(
             name=CPU,
             tflops=0.1,
             half_tflops=0.1,
             gb_per_s=10.0,
             memory_gb=None,
+            half_by_default=False,
             # SmolLM2-135M took 4,966 microseconds a token, 0.29 GFLOPs: docs/RESULTS.md, "Encoding beside the teacher".
             capture_utilisation=0.55,
             training_utilisation=0.5,
@@ -125,6 +130,8 @@ def _device(name: str, values: Any, path: Path) -> Device:
     for key, value in values.items():
         if key not in known:
             raise BadInputError("unknown-key", f"{place}: {key}", expected="one of " + ", ".join(sorted(known)))
+        if key == "half_by_default" and isinstance(value, bool):
+            continue
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e9:
             raise BadInputError("bad-devices", f"{place}: {key}", expected="a number above 0", found=value)
         if key.endswith("utilisation") and value > 1:

@@ -7,7 +7,7 @@ Everything that follows from rates (hours, budgets, break-even) is the same, whe
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from pipeline.plan.config import PlanConfig
@@ -115,7 +115,7 @@ def formula_rates(
     share: int,
 ) -> Rates:
     """Rates by FLOPs and bytes; ``students`` are a name, a cost and settings of training, ``share`` devices."""
-    dtype = config.dtype if config.dtype != "auto" else "float32" if device.is_cpu else "bfloat16"
+    dtype = config.dtype if config.dtype != "auto" else "bfloat16" if device.half_by_default else "float32"
     bandwidth, disk = 1e9 * device.gb_per_s, 1e6 * config.disk_mb_per_s
     weight_bytes = teacher.parameters * (4 if dtype == "float32" else 2)
     batch_tokens = config.capture_batch_blocks * config.block_tokens
@@ -176,7 +176,7 @@ def _student(
     disk: float,
     share: int,
 ) -> StudentRates:
-    precision = train.precision if train.precision != "auto" else "fp32" if device.is_cpu else "bf16"
+    precision = train.precision if train.precision != "auto" else "bf16" if device.half_by_default else "fp32"
     step_s = 3 * cost.forward_flops / (device.peak_flops(precision) * device.training_utilisation)
     step_s += _LOSS_PASSES * 4 * cost.vocab_size / bandwidth
     pass_tokens = train.batch_blocks * block_tokens
@@ -203,7 +203,7 @@ def assumptions(config: PlanConfig, device: Device, share: int) -> list[Assumpti
     """What ``formula_rates`` takes for granted."""
     ours = "docs/RESULTS.md"
     passes = _ENCODING_PASSES[config.encoding]
-    told = [
+    return [
         Assumption(name="device", value=device.name, unit="", source=device.source),
         Assumption(name="devices", value=share, unit="sharing the work evenly", source="given, or this machine's"),
         Assumption(name="peak, float32", value=device.tflops, unit="TFLOPS", source=device.source),
@@ -230,4 +230,3 @@ def assumptions(config: PlanConfig, device: Device, share: int) -> list[Assumpti
             name="left out", value="evaluation on the way, checkpoints between", unit="", source="asked for by flags"
         ),
     ]
-    return [replace(one, source=one.source or "assumed") for one in told]

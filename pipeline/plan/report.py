@@ -15,6 +15,7 @@ from pipeline.plan.rates import Assumption, Rates
 from pipeline.plan.totals import WAYS, affordable, break_even, costs, student_hours, total_hours
 
 FORMAT = "kdpipe-plan"
+_STORED = "stored bytes of "
 _WORDS = {"cached": "cached", "online": "online", "cross_entropy": "cross-entropy"}
 
 
@@ -43,7 +44,7 @@ def facts_of(
         source = RATIO_SOURCE
         assumptions += [
             {
-                "name": f"stored bytes of {name}",
+                "name": f"{_STORED}{name}",
                 "value": round(stored / raw, 2),
                 "unit": "of the raw ones",
                 "source": source,
@@ -181,11 +182,20 @@ def describe(facts: Mapping[str, Any]) -> list[str]:
     ]
     if len(facts.get("by_device", ())) > 1:
         lines += ["", *_devices(facts)]
-    lines += ["", *_curve(facts), "", "assumptions"]
-    lines += [
+    return [*lines, "", *_curve(facts), "", "assumptions", *_assumptions(facts["assumptions"])]
+
+
+def _assumptions(told: Sequence[Mapping[str, Any]]) -> list[str]:
+    """One line each, but for what is said of many arrays."""
+    ratios = [one for one in told if one["name"].startswith(_STORED)]
+    lines = [
         f"  {one['name']}: {_number(one['value'])}{' ' + one['unit'] if one['unit'] else ''} ({one['source']})"
-        for one in facts["assumptions"]
+        for one in told
+        if one not in ratios
     ]
+    if ratios:
+        shares = ", ".join(f"{one['name'].removeprefix(_STORED)} {one['value']:g}" for one in ratios)
+        lines.append(f"  {_STORED.strip()} raw ones: {shares} ({ratios[0]['source']})")
     return lines
 
 
