@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks.fidelity.captures import write_json
 from cache_spec.layout import array_specs
@@ -128,21 +128,31 @@ def kdpipe(command: str, *arguments: object) -> dict[str, Any]:
     return {**facts, "wall_s": time.perf_counter() - began}
 
 
+class Figure(NamedTuple):
+    """What was said and what it took, in ``unit``."""
+
+    predicted: float
+    real: float
+    unit: str
+
+
 def compared(turns: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Each predicted figure beside the real one: medians over turns, and their quotient less one."""
     of_turns = [_figures(turn) for turn in turns]
     rows = []
-    for what, (_, _, unit) in of_turns[0].items():
-        said, took = ([figures[what][side] for figures in of_turns] for side in (0, 1))
-        error = statistics.median(said) / statistics.median(took) - 1
+    for what, first in of_turns[0].items():
+        figures = [of_turn[what] for of_turn in of_turns]
+        predicted = statistics.median(figure.predicted for figure in figures)
+        real = statistics.median(figure.real for figure in figures)
+        error = predicted / real - 1
         rows.append(
             {
                 "what": what,
-                "unit": unit,
-                "predicted": round(statistics.median(said), 3),
-                "real": round(statistics.median(took), 3),
+                "unit": first.unit,
+                "predicted": round(predicted, 3),
+                "real": round(real, 3),
                 "error": round(error, 4),
-                "errors_of_turns": [round(one / other - 1, 4) for one, other in zip(said, took, strict=True)],
+                "errors_of_turns": [round(figure.predicted / figure.real - 1, 4) for figure in figures],
                 "goal": f"within {GOAL:g}",
                 "met": abs(error) <= GOAL,
             }
@@ -150,18 +160,17 @@ def compared(turns: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def _figures(turn: Mapping[str, Any]) -> dict[str, tuple[float, float, str]]:
-    """What one turn's plan said, what its commands took, and the unit."""
+def _figures(turn: Mapping[str, Any]) -> dict[str, Figure]:
     plan, capture, students = turn["plan"], turn["capture"], turn["students"]
-    figures = {"capture": (3600 * plan["capture"]["hours"], capture["wall_s"], "s")}
+    figures = {"capture": Figure(3600 * plan["capture"]["hours"], capture["wall_s"], "s")}
     for said, took in zip(plan["students"], students, strict=True):
-        figures[f"training, {said['name']}"] = (3600 * said["hours"], took["wall_s"], "s")
+        figures[f"training, {said['name']}"] = Figure(3600 * said["hours"], took["wall_s"], "s")
     took_s = capture["wall_s"] + sum(student["wall_s"] for student in students)
-    figures["all"] = (3600 * plan["totals"]["cached_hours"], took_s, "s")
-    figures["bytes"] = (plan["cache"]["bytes"], capture["bytes"], "bytes")
+    figures["all"] = Figure(3600 * plan["totals"]["cached_hours"], took_s, "s")
+    figures["bytes"] = Figure(plan["cache"]["bytes"], capture["bytes"], "bytes")
     for name, size in capture["bytes_by_array"].items():
         if size >= 0.01 * capture["bytes"]:
-            figures[f"bytes, {name}"] = (plan["cache"]["bytes_by_array"][name], size, "bytes")
+            figures[f"bytes, {name}"] = Figure(plan["cache"]["bytes_by_array"][name], size, "bytes")
     return figures
 
 

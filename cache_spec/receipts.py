@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 from pydantic import Field, ValidationError
 
@@ -43,7 +43,8 @@ class Receipt(Record):
     num_blocks: int = Field(ge=1)
     tokens_sha256: str = Sha256
     """Digest of the shard's ids as little-endian uint32."""
-    teacher_sha256: str = Sha256
+    teacher_sha256: Annotated[str, Sha256] | None
+    """Digest of the teacher's weights, where the manifest has one."""
     files: dict[str, FileReceipt]
     """One entry per array."""
 

@@ -65,7 +65,9 @@ def estimate(config: CaptureConfig) -> dict[str, Any]:
     if source.masking is not None:
         ids_BT[:, 0], ids_BT[:, -1] = source.masking.cls_token_id, source.masking.sep_token_id
     lengths_B = np.full(config.batch_blocks, config.block_tokens, np.uint32)
-    teacher = load_teacher(source.files, device=config.device, dtype=config.dtype, spread=config.spread)
+    teacher = load_teacher(
+        source.files, device=config.device, dtype=config.dtype, spread=config.spread, compiled=config.compile
+    )
     manifest = draft_manifest(replace(source, encoding=settled(source.encoding, teacher.head)), num_blocks=num_blocks)
     encoder = encoder_of(manifest, _stand_ins(manifest, source.prototypes), teacher.device)
     ids_BT = ids_BT.astype(manifest.geometry.id_dtype)
@@ -110,7 +112,7 @@ def _facts(
     passes = num_tokens + (min(num_tokens, getattr(encoding, "calibration_tokens", 0)) if learnt else 0)
     return {
         "teacher": manifest.teacher.model_dump(mode="json"),
-        "compute": manifest.compute.model_dump(mode="json"),
+        "compute": manifest.compute.model_dump(mode="json") if manifest.compute else None,
         "encoding": encoding.model_dump(mode="json"),
         "tokens": num_tokens,
         "tokens_certainty": certainty,

@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerFast
 from cache_spec.reader import CacheReader
 from tests.models import make_model
 from tests.synthetic import make_manifest, make_rows, write_cache
-from train.evaluate import evaluate_models
-from train.evaluate_config import EvaluateConfig
+from train.evaluation.config import EvaluateConfig
+from train.evaluation.evaluate import evaluate_models
 
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 WORDS = [*BYTES, "<eos>", "th", "the", "Ġthe"]

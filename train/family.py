@@ -23,8 +23,10 @@ from cache_spec.durable import replace_file
 from cache_spec.errors import BadInputError, KdpipeError, WouldLoseDataError
 from cache_spec.failures import first_line
 from cache_spec.reader import CacheReader
-from train.evaluate import evaluate_models
-from train.evaluate_config import EvaluateConfig
+from train.evaluation.config import EvaluateConfig
+from train.evaluation.evaluate import evaluate_models
+from train.evaluation.scorer import pick_dtype
+from train.evaluation.speed import measure_speeds
 from train.family_config import Family, FamilyStudent
 from train.family_plots import draw_family, require_matplotlib
 from train.family_report import report_csv, report_markdown
@@ -33,8 +35,6 @@ from train.planning import plan
 from train.ranks import ranks_of_environment
 from train.run import first_student, loss_weights, pick_device, pick_precision, run_identity
 from train.run_folder import RUN_NAME, STUDENT_NAME, finished_result, goes_on, locked, refuse_foreign
-from train.scorer import pick_dtype
-from train.speed import measure_speeds
 
 logger = logging.getLogger("kdpipe")
 

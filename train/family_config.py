@@ -23,8 +23,8 @@ from pydantic import BaseModel, ValidationError
 from cache_spec.address import CopySettings
 from cache_spec.errors import BadInputError
 from train.config import TrainConfig
-from train.evaluate_config import EvaluateConfig
-from train.speed import SpeedConfig
+from train.evaluation.config import EvaluateConfig
+from train.evaluation.speed import SpeedConfig
 
 _SECTIONS = ("common", "students", "control", "evaluate", "speed")
 _OF_THE_FAMILY = ("cache", "out")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
@@ -30,6 +30,16 @@ class PlanConfig(EncodingConfig):
     """What to plan for."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+    HEADINGS: ClassVar = {
+        "teacher": "Teacher, students and text",
+        "block_tokens": "Blocks",
+        "temperatures": "What is kept",
+        "capture_batch_blocks": "Blocks",
+        "epochs": "Training",
+        "device": "Devices, for the formula",
+        "budget_hours": "Budget and rates",
+        "calibrate": "Measuring",
+    }
 
     teacher: str
     """Teacher: a local folder (config.json is enough, but for --text and --calibrate), a shipped config (gpt2,

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-import train.scorer
+import train.evaluation.scorer
 from cache_spec.errors import KdpipeError
 from pipeline.cli import run
 from tests.evaluation import (
@@ -36,11 +36,11 @@ from tests.evaluation import (
 )
 from tests.refusals import refusal
 from tests.synthetic import make_manifest, make_rows, write_cache
-from train.evaluate import table
-from train.evaluate_config import EvaluateConfig
+from train.evaluation.config import EvaluateConfig
+from train.evaluation.evaluate import table
+from train.evaluation.text import DOCUMENT_GAP, read_text, tokenise
 from train.export import export_student
 from train.student import build_student
-from train.text import DOCUMENT_GAP, read_text, tokenise
 
 
 def naive_loss(model: Any, blocks: list[torch.Tensor]) -> tuple[float, int]:
@@ -56,7 +56,7 @@ def text(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train.scorer, "CHUNK_BYTES", 4 * V * 5)
+    monkeypatch.setattr(train.evaluation.scorer, "CHUNK_BYTES", 4 * V * 5)
 
 
 # --- plain text
@@ -200,7 +200,7 @@ def test_text_and_cache_are_read_with_the_tokenizer_of_the_files_in_every_family
 
 def test_out_of_memory_is_one_line(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_model(tmp_path / "model")
-    for place in ("train.scorer.Scorer.logits", "train.scorer.refuse_incomplete"):
+    for place in ("train.evaluation.scorer.Scorer.logits", "train.evaluation.scorer.refuse_incomplete"):
         with monkeypatch.context() as patch:
             patch.setattr(place, lambda *_: torch.empty(1 << 50))
             with pytest.raises(KdpipeError) as caught:
@@ -216,7 +216,7 @@ def test_models_that_cannot_be_opened_are_refused(tmp_path: Path, text: Path, mo
     def unreachable(*args: Any, **kwargs: Any) -> str:
         raise OSError("no network")
 
-    monkeypatch.setattr(train.scorer, "snapshot_download", unreachable)
+    monkeypatch.setattr(train.evaluation.scorer, "snapshot_download", unreachable)
     given = {"text": (str(text),)}
     assert refusal(evaluate, tmp_path / "gone", **given).kind == "unknown-model"
     model = tmp_path / "model"
@@ -330,7 +330,7 @@ def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any]) -> No
 
 
 def test_settings_import_no_torch() -> None:
-    script = "import sys, train.evaluate_config; assert 'torch' not in sys.modules"
+    script = "import sys, train.evaluation.config; assert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
 
 

@@ -22,12 +22,13 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from cache_spec.errors import BadInputError, KdpipeError
+from cache_spec.manifest import Manifest
 from cache_spec.reader import CacheReader
+from cache_spec.targets import Tail
 from train.distil_batch import from_numpy, to_tensors
 from train.distiller import labels_of, shift_labels
-from train.evaluate_config import EvaluateConfig
-from train.loss_targets import NO_LABEL, BucketTargets, DenseTargets, HeadLossTargets
-from train.measures import (
+from train.evaluation.config import EvaluateConfig
+from train.evaluation.measures import (
     Calibration,
     LabelMeasures,
     TeacherMeasures,
@@ -35,12 +36,13 @@ from train.measures import (
     compare_with_logits,
     measure_labels,
 )
+from train.evaluation.scorer import FoundModel, Scorer, find_model, load_scorer, pick_dtype
+from train.evaluation.text import TokenisedText, read_text
+from train.loss_targets import NO_LABEL, BucketTargets, DenseTargets, HeadLossTargets
 from train.memory import out_of_memory_at
 from train.run import pick_device
-from train.scorer import FoundModel, Scorer, find_model, load_scorer, pick_dtype
 from train.student import quiet_transformers
 from train.teacher_targets import TeacherTargets, pick_tail
-from train.text import TokenisedText, read_text
 
 
 def evaluate_models(config: EvaluateConfig, *, quiet: bool = False) -> list[dict[str, Any]]:
@@ -53,12 +55,13 @@ def evaluate_models(config: EvaluateConfig, *, quiet: bool = False) -> list[dict
     own, in 15 bins of equal width) and ``tokens_per_s`` (of the forward passes, output head included);
     ``cache``: None, or ``cache``, ``temperature``, ``num_tokens`` (predicted ones; of masked text those to be found
     out), ``loss_nats``, ``perplexity``, ``ece``, ``tokens_per_s`` as above, ``teacher_loss`` and ``teacher_perplexity``
-    (the teacher's own on the same tokens), and, over the ``num_positions`` real positions (of masked text those that
-    the cache kept), ``kl_to_teacher`` (nats a position, at the temperature), ``overlap`` (the sum of min(p, q)) and
+    (the teacher's own on the same tokens; None of an imported cache), and, over the ``num_positions`` real positions
+    (of masked text those that the cache kept), ``kl_to_teacher`` (nats a position, at the temperature), ``overlap``
+    (the sum of min(p, q)) and
     ``agreement`` (how often the most probable token is the teacher's). ``kl_is`` tells what the
     cache's encoding allows: ``exact`` over the whole vocabulary; ``lower-bound`` where KL and overlap are between
     distributions over the cached head and one bucket for the rest, which makes overlap an upper bound; None for drawn
-    targets, which do not tell, and then all three are None.
+    or imported targets, which do not tell, and then all three are None.
 
     Texts, cache, tokenizers and configurations are all checked before the first weight is loaded. Raises
     BadInputError, among its kinds ``unknown-model``, ``unreadable-weights``, ``not-a-language-model``,
@@ -139,24 +142,26 @@ def cache_figures(
     manifest = reader.manifest
     # A head is compared with one bucket for the rest, whatever else is known of the tail: that bounds the full figures.
     teacher = TeacherTargets.of_cache(
-        reader, temperature=temperature, tail="bucket" if pick_tail(None, manifest) else None
+        reader, temperature=temperature, tail=pick_tail(None, manifest) and _comparable_tail(manifest)
     ).to(scorer.device)
     sum_nats, seconds, calibration, compared = 0.0, 0.0, Calibration(), np.zeros(len(TeacherMeasures._fields))
     kind: str | None = None
     num_targets = num_positions = num_run = 0
     teacher_nats = 0.0
-    for blocks in reader.sequence(batch_blocks, [*reader.batch_arrays(with_hidden=False), "block_loss"]):
+    knows_loss = "block_loss" in reader.specs
+    names = [*reader.batch_arrays(with_hidden=False), *(["block_loss"] if knows_loss else [])]
+    for blocks in reader.sequence(batch_blocks, names):
         batch = to_tensors(reader.batch(blocks, temperature, with_hidden=False)).to(scorer.device)
         read_ids_BT = (batch.input_ids_BT if batch.masked is None else batch.masked.read_ids_BT).long()
         labels_BT, mask_BT = labels_of(batch)
         labels_N, mask_N = labels_BT.flatten(), mask_BT.flatten()
         started = time.perf_counter()
         targets = teacher(batch.targets, labels_N)
-        kind = _kl_kind(targets, manifest.teacher.vocab_size)
+        kind = _kl_kind(targets, manifest)
         of_labels: list[LabelMeasures] = []
         for rows, logits_CV in scorer.logits(read_ids_BT, batch.lengths_B):
             of_labels.append(measure_labels(logits_CV, labels_N[rows]))
-            measures = _compare(logits_CV, targets, rows, mask_N, temperature)
+            measures = None if kind is None else _compare(logits_CV, targets, rows, mask_N, temperature)
             if measures is not None:
                 compared += torch.stack(measures).cpu().double().sum(dim=1).numpy()
         labels = _joined(of_labels)
@@ -164,8 +169,9 @@ def cache_figures(
         seconds += time.perf_counter() - started
         calibration.add(labels)
         targets_B = (labels_BT != NO_LABEL).sum(dim=1).cpu().numpy()
-        loss_B = reader.read("block_loss", blocks).astype(np.float64)
-        teacher_nats += float((loss_B * targets_B)[targets_B > 0].sum())
+        if knows_loss:
+            loss_B = reader.read("block_loss", blocks).astype(np.float64)
+            teacher_nats += float((loss_B * targets_B)[targets_B > 0].sum())
         num_targets += int(targets_B.sum())
         num_positions += int(mask_BT.sum())
         num_run += read_ids_BT.numel()
@@ -175,7 +181,8 @@ def cache_figures(
     if not np.isfinite([sum_nats, *compared]).all():
         raise _non_finite(scorer.name, [sum_nats, *compared.tolist()])
     kl, agreement, overlap = (None if kind is None else total / num_positions for total in compared.tolist())
-    teacher_loss = _loss("the cache's teacher", teacher_nats, num_targets)
+    unknown: dict[str, float | None] = {"loss_nats": None, "perplexity": None}
+    teacher_loss = _loss("the cache's teacher", teacher_nats, num_targets) if knows_loss else unknown
     return {
         "cache": reader.place,
         "temperature": temperature,
@@ -197,8 +204,15 @@ def _joined(chunks: Iterable[LabelMeasures]) -> LabelMeasures:
     return LabelMeasures(*(torch.cat(measures) for measures in zip(*chunks, strict=True)))
 
 
-def _kl_kind(targets: HeadLossTargets, vocab_size: int) -> str | None:
+def _comparable_tail(manifest: Manifest) -> Tail:
+    return "bucket" if manifest.imported is None else manifest.imported.tails[0]
+
+
+def _kl_kind(targets: HeadLossTargets, manifest: Manifest) -> str | None:
     """What the divergence from these targets says of that from the teacher's full distribution; None: nothing."""
+    vocab_size = manifest.teacher.vocab_size
+    if manifest.imported is not None:
+        return None  # The mass outside the head is known as well as the values were rounded, or not at all.
     if isinstance(targets, BucketTargets):
         return "exact" if targets.ids_NK.shape[1] == vocab_size else "lower-bound"
     # Of drawn tokens no divergence can be told, only its mean over draws but for a constant.
@@ -232,7 +246,7 @@ def _non_finite(name: str, found: object) -> KdpipeError:
 _KL_WORDS = {
     "exact": "exact KL and overlap",
     "lower-bound": "KL from below and overlap from above",
-    None: "of drawn targets, which tell neither KL nor overlap,",
+    None: "of drawn or imported targets, which tell neither KL nor overlap,",
 }
 
 

@@ -14,8 +14,8 @@ from cache_spec.errors import BadInputError
 from cache_spec.reader import CacheReader
 from train.config import TrainConfig
 from train.distiller import output_head
-from train.evaluate import cache_figures
-from train.scorer import Scorer
+from train.evaluation.evaluate import cache_figures
+from train.evaluation.scorer import Scorer
 
 _NAMES = {"loss_nats": "loss", "kl_to_teacher": "kl", "agreement": "agreement", "ece": "ece"}
 
@@ -31,7 +31,8 @@ class HeldOut:
         theirs.temperature_index(config.temperature)
         for what, expected, found in (
             ("tokenizer", ours.tokenizer, theirs.tokenizer),
-            ("teacher", ours.teacher.weights_sha256, theirs.teacher.weights_sha256),
+            ("teacher", *(manifest.teacher.weights_sha256 or manifest.teacher.name for manifest in (ours, theirs))),
+            ("kind of log-probabilities", *(m.imported and m.imported.logprobs for m in (ours, theirs))),
             ("kind of text, masked or not", ours.masking is None, theirs.masking is None),
         ):
             if expected != found:

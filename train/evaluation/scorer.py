@@ -26,12 +26,12 @@ from cache_spec.failures import first_line
 from cache_spec.manifest import Manifest
 from cache_spec.reader import CacheReader
 from train.distiller import CHUNK_BYTES, check_student_head, output_head
-from train.evaluate_config import EvaluateConfig
+from train.evaluation.config import EvaluateConfig
+from train.evaluation.text import TOKENIZER_PATTERNS, TokenisedText, open_tokenizer, tokenise
 from train.lm_kind import is_masked_lm, model_class, own_logits, refuse_other_kind, student_states
 from train.student import check_same_vocabulary
 from train.student_config import load_config
 from train.teacher_layers import WEIGHT_PATTERNS, refuse_incomplete
-from train.text import TOKENIZER_PATTERNS, TokenisedText, open_tokenizer, tokenise
 
 logger = logging.getLogger("kdpipe")
 
