@@ -18,6 +18,7 @@ from pipeline.completion import SHELLS, files, shell_script
 from pipeline.config import CaptureConfig, TranscodeConfig
 from pipeline.family_command import FamilyOptions, family_options, run_family
 from pipeline.help_page import command
+from pipeline.plan.config import PlanConfig
 from pipeline.settings import emit, flags_of, settings
 from train.config import TrainConfig
 from train.evaluation.config import EvaluateConfig
@@ -27,6 +28,22 @@ dry_run = click.option("--dry-run", is_flag=True, help="Say what would be done a
 PaperRows = list[dict[str, Any]]
 cache_argument = click.argument("cache", type=as_address, shell_complete=files)
 copy_options = flags_of(CopySettings, "copy")
+
+
+@command("plan")
+@settings(PlanConfig, "plan")
+@as_json
+def plan(config: PlanConfig, as_json: bool) -> None:
+    """Say what a cache and students from it would cost, before anything is spent.
+
+    By formula, from the models' configs alone; or, with --calibrate, from a probe of the real teacher, students and
+    disk on this machine.
+    """
+    from pipeline.plan_command import lines
+    from pipeline.plan_command import plan as planned
+
+    facts = planned(config)
+    emit(as_json, facts, [] if as_json else lines(facts))
 
 
 def _paper_capture(path: Path, flags: dict[str, Any]) -> tuple[dict[str, Any], PaperRows]:

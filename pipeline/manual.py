@@ -55,6 +55,29 @@ MANUALS: dict[str, Manual] = {
         ),
         see_also=("cache-teacher", "train-student", "evaluate"),
     ),
+    "plan": Manual(
+        reads="The configs of teacher and students: of shipped models by name, of folders, or of the hub. With"
+        " --calibrate also their weights and some text. With --runs what trained families measured.",
+        writes="Nothing. The probe of --calibrate works in a folder of its own below --probe-folder, and removes it.",
+        examples=(
+            Example(
+                says="A published recipe on one GPU, from configs alone",
+                command="kdpipe plan --teacher gpt2 --student 6 --tokens 1000000000 --epochs 4 --device rtx4090"
+                " --budget-hours 30",
+            ),
+            Example(
+                says="Two students of a 7B teacher, two GPUs to choose from",
+                command="kdpipe plan --teacher llama-7b --student 8 --student 16 --tokens 100000000 \\\n"
+                "    --device a100 --device h100 --watts 700 --price-per-hour 3",
+            ),
+            Example(
+                says="This machine, measured for about a minute",
+                command="kdpipe plan --teacher my-teacher --student 2 --text my-text.txt --calibrate",
+                needs="minutes",
+            ),
+        ),
+        see_also=("cache-teacher", "train-student"),
+    ),
     "cache-teacher": Manual(
         reads="A teacher, from a folder, a GGUF file or the Hugging Face hub, and text. Nothing is downloaded that was"
         " not named.",

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 # Help lines stand here so that ``kdpipe --help`` imports no command.
 COMMANDS = {
     "demo": "Run the whole pipeline offline on an embedded teacher and text.",
+    "plan": "Say what a cache and students from it would cost, before anything is spent.",
     "cache-teacher": "Run a teacher once over text and keep what students need.",
     "import-pickle": "Convert a pickle of token ids, once, to text of ids.",
     "transcode": "Make a smaller cache from a richer one, without the teacher.",
