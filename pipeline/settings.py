@@ -34,6 +34,7 @@ COMMANDS = {
     "inspect": "Show what is in a cache and what it costs.",
     "train-student": "Train a student from a cache, without the teacher.",
     "evaluate": "Measure models on text and against a cache.",
+    "report": "Make one HTML page about a cache, runs, students, evaluations and a plan.",
 }
 RECIPE_FOLDERS = (Path(__file__).parent / "recipes", Path(__file__).parent.parent / "recipes")
 

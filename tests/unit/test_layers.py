@@ -27,7 +27,7 @@ MAY_IMPORT_INSIDE_FUNCTIONS = {
     "pipeline/demo.py": {"train"},
 }
 MAY_IMPORT_AT_TOP = {
-    "pipeline/commands.py": {"train.config", "train.evaluate_config"},
+    "pipeline/commands.py": {"train.config", "train.evaluate_config", "train.report.config"},
     "pipeline/family_command.py": {"train.config"},
 }
 
