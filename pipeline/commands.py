@@ -22,6 +22,7 @@ from pipeline.plan.config import PlanConfig
 from pipeline.settings import emit, flags_of, settings
 from train.config import TrainConfig
 from train.evaluation.config import EvaluateConfig
+from train.report.config import ReportConfig
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object and no progress bars.")
 dry_run = click.option("--dry-run", is_flag=True, help="Say what would be done and what it would cost; write nothing.")
@@ -293,6 +294,20 @@ def evaluate(config: EvaluateConfig, as_json: bool) -> None:
     if config.out is not None:
         write_report(config.out, facts)
     emit(as_json, facts, table(facts))
+
+
+@command("report")
+@settings(ReportConfig, "report")
+@as_json
+def report(config: ReportConfig, as_json: bool) -> None:
+    """Make one HTML page about a cache, runs, students, evaluations and a plan.
+
+    The file holds all that it shows, and asks for nothing. With --json its facts are printed too.
+    """
+    from train.report.write import write_report
+
+    facts = write_report(config)
+    emit(as_json, facts, [f"{facts['out']}: {facts['bytes']:,} bytes"])
 
 
 @command()

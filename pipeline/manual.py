@@ -252,6 +252,18 @@ MANUALS: dict[str, Manual] = {
         ),
         see_also=("train-student", "cache-teacher"),
     ),
+    "report": Manual(
+        reads="A cache, run folders, a family's folder, and JSON files of evaluate and plan: any of them.",
+        writes="One HTML file, --out, which holds all that it shows and asks for nothing; one that is there is replaced.",
+        examples=(
+            Example(says="A cache", command="kdpipe report --cache caches/mine --out report.html"),
+            Example(
+                says="Students beside each other, with what they were trained from",
+                command="kdpipe report --cache caches/mine --run runs/two --out report.html",
+            ),
+        ),
+        see_also=("inspect", "train-student", "evaluate", "plan"),
+    ),
     "completion": Manual(
         reads="Nothing.",
         writes="A script for the shell, on standard output.",

@@ -37,6 +37,7 @@ COMMANDS = {
     "inspect": "Show what is in a cache and what it costs.",
     "train-student": "Train a student from a cache, without the teacher.",
     "evaluate": "Measure models on corpora, on text and against a cache, and how fast they are.",
+    "report": "Make one HTML page about a cache, runs, students, evaluations and a plan.",
     "completion": "Print the script that completes kdpipe in a shell.",
 }
 # Settings of plain text that name a file or a folder as well as something else.
