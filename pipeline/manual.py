@@ -270,10 +270,7 @@ MANUALS: dict[str, Manual] = {
         examples=(
             Example(says="bash, for this session", command='eval "$(kdpipe completion bash)"'),
             Example(says="zsh, in ~/.zshrc", command='eval "$(kdpipe completion zsh)"'),
-            Example(
-                says="fish, for good",
-                command="kdpipe completion fish > ~/.config/fish/completions/kdpipe.fish",
-            ),
+            Example(says="fish, in config.fish", command="kdpipe completion fish | source"),
         ),
         see_also=("demo",),
     ),
