@@ -138,6 +138,15 @@ class ComputeInfo(Record):
     device_type: str
     dtype: str
     batch_blocks: int = Field(ge=1)
+    compiled: bool = False
+    """Whether torch.compile made its kernels; absent where it did not."""
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_absent(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        body: dict[str, Any] = handler(self)
+        if not self.compiled:
+            body.pop("compiled", None)
+        return body
 
 
 class Manifest(Record):

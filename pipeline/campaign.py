@@ -69,6 +69,7 @@ def capture_on_workers(
         device=manifest.run.device_type if device == "auto" else device,
         spread=config.spread,
         dtype=manifest.run.dtype,
+        compiled=manifest.run.compiled,
         num_threads=local_threads(config),
         versions=versions(),
     )

@@ -53,9 +53,10 @@ def compare_with_teacher(
     """
     reader = CacheReader.open(cache, copy)
     manifest = reader.manifest
-    running = load_teacher(teacher_of(manifest, teacher, gguf_file), device="auto", dtype=manifest.run.dtype)
+    files, compute = teacher_of(manifest, teacher, gguf_file), manifest.run
+    running = load_teacher(files, device="auto", dtype=compute.dtype, compiled=compute.compiled)
     encoder = encoder_of(manifest, {name: reader.table(name) for name in manifest.tables}, running.device)
-    blocks, batch = manifest.blocks, manifest.run.batch_blocks
+    blocks, batch = manifest.blocks, compute.batch_blocks
     starts = [
         start
         for shard in range(blocks.num_shards)
@@ -63,7 +64,7 @@ def compare_with_teacher(
         for start in range(first, first + count, batch)
     ]
     rng = np.random.default_rng(secrets.randbits(64))
-    limit = TOLERANCE_NATS[manifest.run.dtype]
+    limit = TOLERANCE_NATS[compute.dtype]
     if TRANSCODED_FROM in manifest.provenance:
         limit = max(limit, TRANSCODED_TOLERANCE_NATS[manifest.provenance.get(TRANSCODED_STATES, "float16")])
     problems = []

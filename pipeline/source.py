@@ -95,7 +95,9 @@ def resolve_source(config: CaptureConfig) -> Source:
         teacher=teacher,
         tokenizer=tokenizer,
         corpus=corpus,
-        compute=ComputeInfo(device_type=device.type, dtype=dtype, batch_blocks=config.batch_blocks),
+        compute=ComputeInfo(
+            device_type=device.type, dtype=dtype, batch_blocks=config.batch_blocks, compiled=config.compile
+        ),
         encoding=record,
         prototypes=prototypes,
         masking=masking,
