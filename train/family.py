@@ -36,11 +36,11 @@ from train.loop import train
 from train.planning import plan
 from train.ranks import ranks_of_environment
 from train.run import first_student, loss_weights, pick_device, pick_precision, run_identity
-from train.run_folder import RUN_NAME, STUDENT_NAME, finished_result, goes_on, locked, refuse_foreign
+from train.run_files import FAMILY_NAME, RUN_NAME, STUDENT_NAME
+from train.run_folder import finished_result, goes_on, locked, refuse_foreign
 
 logger = logging.getLogger("kdpipe")
 
-REPORT_NAME = "family.json"
 PLOT_NAME = "family.png"
 _LOCK_NAME = ".family.lock"
 
@@ -242,7 +242,7 @@ def _write(family: Family, rows: list[dict[str, Any]]) -> dict[str, Any]:
         "evaluate": None if family.evaluate is None else family.evaluate.model_dump(mode="json", exclude={"models"}),
         "students": rows,
     }
-    replace_file(family.out / REPORT_NAME, json.dumps(report, indent=2, ensure_ascii=False).encode() + b"\n")
+    replace_file(family.out / FAMILY_NAME, json.dumps(report, indent=2, ensure_ascii=False).encode() + b"\n")
     replace_file(family.out / "family.csv", report_csv(report).encode())
     replace_file(family.out / "family.md", report_markdown(report).encode())
     return report
@@ -251,7 +251,7 @@ def _write(family: Family, rows: list[dict[str, Any]]) -> dict[str, Any]:
 def _report_before(out: Path) -> dict[str, Any]:
     """The rows of an earlier report by name; a damaged one only means that all is measured again."""
     try:
-        rows = json.loads((out / REPORT_NAME).read_bytes())["students"]
+        rows = json.loads((out / FAMILY_NAME).read_bytes())["students"]
         return {row["name"]: row for row in rows}
     except (OSError, ValueError, KeyError, TypeError):
         return {}

@@ -161,7 +161,7 @@ def _from_teacher_layers(
     # Copied layers are only a start, so another fine-tune of the same shape is said, not refused. The digest of a
     # cache made from GGUF is that of another file.
     small = sum(path.stat().st_size for path in files) <= _MAX_HASHED_BYTES
-    if small and not manifest.teacher.name.endswith(".gguf"):
+    if small and manifest.imported is None and not manifest.teacher.name.endswith(".gguf"):
         same = weights_digest(files) == manifest.teacher.weights_sha256
         summary["source_weights"] = "those of the cache's teacher" if same else "not those of the cache's teacher"
         if not same:

@@ -6,7 +6,7 @@ Nothing here imports torch: the command line builds its options and their help f
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
@@ -21,6 +21,8 @@ class EvaluateConfig(CopySettings):
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, validate_default=True
     )
+
+    HEADINGS: ClassVar = {"models": "What is measured", "batch_blocks": "Device and speed"}
 
     models: tuple[str, ...] = Field(min_length=1)
     """Model to measure: folder or hub name of a causal language model in safetensors; may be given more than once."""

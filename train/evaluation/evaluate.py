@@ -43,12 +43,13 @@ def evaluate_models(config: EvaluateConfig, *, quiet: bool = False) -> list[dict
     own, in 15 bins of equal width) and ``tokens_per_s`` (of the forward passes, output head included);
     ``cache``: None, or ``cache``, ``temperature``, ``num_tokens`` (predicted ones; of masked text those to be found
     out), ``loss_nats``, ``perplexity``, ``ece``, ``tokens_per_s`` as above, ``teacher_loss`` and ``teacher_perplexity``
-    (the teacher's own on the same tokens), and, over the ``num_positions`` real positions (of masked text those that
-    the cache kept), ``kl_to_teacher`` (nats a position, at the temperature), ``overlap`` (the sum of min(p, q)) and
+    (the teacher's own on the same tokens; None of an imported cache), and, over the ``num_positions`` real positions
+    (of masked text those that the cache kept), ``kl_to_teacher`` (nats a position, at the temperature), ``overlap``
+    (the sum of min(p, q)) and
     ``agreement`` (how often the most probable token is the teacher's). ``kl_is`` tells what the
     cache's encoding allows: ``exact`` over the whole vocabulary; ``lower-bound`` where KL and overlap are between
     distributions over the cached head and one bucket for the rest, which makes overlap an upper bound; None for drawn
-    targets, which do not tell, and then all three are None. ``intervals`` resample its blocks;
+    or imported targets, which do not tell, and then all three are None. ``intervals`` resample its blocks;
     ``speed``: None, or the fields of ``Speed``; ``samples``: for each prompt ``prompt`` and ``text``;
     ``harness``: None, or what ``run_harness`` returns.
 

@@ -31,7 +31,8 @@ class HeldOut:
         theirs.temperature_index(config.temperature)
         for what, expected, found in (
             ("tokenizer", ours.tokenizer, theirs.tokenizer),
-            ("teacher", ours.teacher.weights_sha256, theirs.teacher.weights_sha256),
+            ("teacher", *(manifest.teacher.weights_sha256 or manifest.teacher.name for manifest in (ours, theirs))),
+            ("kind of log-probabilities", *(m.imported and m.imported.logprobs for m in (ours, theirs))),
             ("kind of text, masked or not", ours.masking is None, theirs.masking is None),
         ):
             if expected != found:

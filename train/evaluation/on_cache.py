@@ -18,7 +18,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cache_spec.errors import BadInputError
+from cache_spec.manifest import Manifest
 from cache_spec.reader import CacheReader
+from cache_spec.targets import Tail
 from train.distil_batch import to_tensors
 from train.distiller import labels_of
 from train.evaluation.bootstrap import Bootstrap, Sums
@@ -58,13 +60,15 @@ def cache_figures(
     manifest = reader.manifest
     # A head is compared with one bucket for the rest, whatever else is known of the tail: that bounds the full figures.
     teacher = TeacherTargets.of_cache(
-        reader, temperature=temperature, tail="bucket" if pick_tail(None, manifest) else None
+        reader, temperature=temperature, tail=pick_tail(None, manifest) and _comparable_tail(manifest)
     ).to(scorer.device)
     seconds = 0.0
     kind: str | None = None
     num_run = 0
     of_blocks: list[Sums] = []
-    for blocks in reader.sequence(batch_blocks, [*reader.batch_arrays(with_hidden=False), "block_loss"]):
+    knows_loss = "block_loss" in reader.specs
+    names = [*reader.batch_arrays(with_hidden=False), *(["block_loss"] if knows_loss else [])]
+    for blocks in reader.sequence(batch_blocks, names):
         batch = to_tensors(reader.batch(blocks, temperature, with_hidden=False)).to(scorer.device)
         read_ids_BT = (batch.input_ids_BT if batch.masked is None else batch.masked.read_ids_BT).long()
         labels_BT, mask_BT = labels_of(batch)
@@ -72,19 +76,20 @@ def cache_figures(
         num_blocks = len(read_ids_BT)
         started = time.perf_counter()
         targets = teacher(batch.targets, labels_N)
-        kind = _kl_kind(targets, manifest.teacher.vocab_size)
+        kind = _kl_kind(targets, manifest)
         of_labels: list[LabelMeasures] = []
         of_teacher: list[Tensor] = []
         for rows, logits_CV in scorer.logits(read_ids_BT, batch.lengths_B):
             of_labels.append(measure_labels(logits_CV, labels_N[rows]))
-            measures = _compare(logits_CV, targets, rows, mask_N, temperature)
+            measures = None if kind is None else _compare(logits_CV, targets, rows, mask_N, temperature)
             if measures is not None:
                 of_teacher.append(torch.stack(measures))
         labels = joined(of_labels)
         nats_B = _by_block(labels.loss_C, num_blocks)
         seconds += time.perf_counter() - started
         targets_B = (labels_BT != NO_LABEL).sum(dim=1).cpu().numpy()
-        loss_B = np.where(targets_B > 0, reader.read("block_loss", blocks).astype(np.float64), 0.0)
+        stored_B = reader.read("block_loss", blocks).astype(np.float64) if knows_loss else np.zeros(num_blocks)
+        loss_B = np.where(targets_B > 0, stored_B, 0.0)
         compared_XB = (
             _by_block(torch.cat(of_teacher, dim=1), num_blocks)
             if of_teacher
@@ -101,8 +106,10 @@ def cache_figures(
         raise BadInputError("too-little-text", reader.place, expected="a block of at least 2 tokens")
     if not np.isfinite(total_S).all():
         raise non_finite(scorer.name, total_S[[_NATS, _KL, _AGREEMENT, _OVERLAP]].tolist())
-    point = {name: float(value) for name, value in _figures(total_S, kind).items()}
-    teacher_loss = loss_figures("the cache's teacher", float(total_S[_TEACHER_NATS]), num_targets)
+    point = {name: float(value) for name, value in _figures(total_S, kind, knows_loss).items()}
+    unknown: dict[str, float | None] = {"loss_nats": None, "perplexity": None}
+    teacher_nats = float(total_S[_TEACHER_NATS])
+    teacher_loss = loss_figures("the cache's teacher", teacher_nats, num_targets) if knows_loss else unknown
     return {
         "cache": reader.place,
         "temperature": temperature,
@@ -119,17 +126,18 @@ def cache_figures(
         "tokens_per_s": round(num_run / seconds, 1),
         "intervals": {}
         if bootstrap is None
-        else bootstrap.intervals(bootstrap.replicates(sums_US, lambda sums: _figures(sums, kind))),
+        else bootstrap.intervals(bootstrap.replicates(sums_US, lambda sums: _figures(sums, kind, knows_loss))),
         "interval_unit": "block",
     }
 
 
-def _figures(sums: Sums, kind: str | None) -> dict[str, NDArray[np.float64]]:
+def _figures(sums: Sums, kind: str | None, knows_loss: bool) -> dict[str, NDArray[np.float64]]:
     """Figures of sums [..., S]: a resample of blocks without a token has none."""
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
         loss, teacher_loss = (sums[..., column] / sums[..., _TARGETS] for column in (_NATS, _TEACHER_NATS))
         found = {"loss_nats": loss, "perplexity": np.exp(loss), "ece": calibration_error(sums[..., _CALIBRATION:])}
-        found |= {"teacher_loss": teacher_loss, "teacher_perplexity": np.exp(teacher_loss)}
+        if knows_loss:
+            found |= {"teacher_loss": teacher_loss, "teacher_perplexity": np.exp(teacher_loss)}
         if kind is not None:
             for name, column in (("kl_to_teacher", _KL), ("agreement", _AGREEMENT), ("overlap", _OVERLAP)):
                 found[name] = sums[..., column] / sums[..., _POSITIONS]
@@ -142,10 +150,16 @@ def _by_block(rows: Tensor, num_blocks: int) -> NDArray[np.float64]:
     return sums
 
 
-def _kl_kind(targets: HeadLossTargets, vocab_size: int) -> str | None:
+def _comparable_tail(manifest: Manifest) -> Tail:
+    return "bucket" if manifest.imported is None else manifest.imported.tails[0]
+
+
+def _kl_kind(targets: HeadLossTargets, manifest: Manifest) -> str | None:
     """What the divergence from these targets says of that from the teacher's full distribution; None: nothing."""
+    if manifest.imported is not None:
+        return None  # The mass outside the head is known as well as the values were rounded, or not at all.
     if isinstance(targets, BucketTargets):
-        return "exact" if targets.ids_NK.shape[1] == vocab_size else "lower-bound"
+        return "exact" if targets.ids_NK.shape[1] == manifest.teacher.vocab_size else "lower-bound"
     # Of drawn tokens no divergence can be told, only its mean over draws but for a constant.
     return "exact" if isinstance(targets, DenseTargets) else None
 

@@ -19,7 +19,7 @@ _CORPUS_FIGURES = {
 _KL_WORDS = {
     "exact": "exact KL and overlap",
     "lower-bound": "KL from below and overlap from above",
-    None: "of drawn targets, which tell neither KL nor overlap,",
+    None: "of drawn or imported targets, which tell neither KL nor overlap,",
 }
 
 
