@@ -264,3 +264,5 @@ def test_the_planning_benchmark_compares_plans_with_runs(
     monkeypatch.setattr(planning, "kdpipe", None)
     again = run(planning, capsys, monkeypatch, "--teacher", teacher, "--text", text, *sizes, *flags, *work)
     assert again["figures"] == report["figures"]
+    with pytest.raises(SystemExit, match="epochs was 1"):
+        run(planning, capsys, monkeypatch, "--teacher", teacher, "--text", text, *sizes, *flags, *work, "--epochs", 2)
