@@ -28,9 +28,11 @@ MOST_UNSEEN_SHARDS = 200_000
 
 
 class FileReceipt(Record):
-    """Size and digest of one shard file."""
+    """Size and digests of one shard file."""
 
     num_bytes: int = Field(ge=1)
+    end_crc32c: int = Field(ge=0, lt=1 << 32)
+    """Of its last chunk's checksum and its index: what a reader compares that does not read the whole file."""
     sha256: str = Sha256
 
 

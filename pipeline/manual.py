@@ -193,6 +193,33 @@ MANUALS: dict[str, Manual] = {
         ),
         see_also=("push", "verify"),
     ),
+    "export": Manual(
+        reads="CACHE: a finished cache's folder, or its address in a store.",
+        writes="A folder of Parquet or safetensors files, with an index; the same command goes on.",
+        examples=(
+            Example(
+                says="As Hugging Face datasets open it, and axolotl's KD plugin takes it",
+                command="kdpipe export caches/mine --to parquet --out exports/parquet",
+            ),
+            Example(
+                says="As plain arrays, a file for each shard",
+                command="kdpipe export caches/mine --to safetensors --out exports/safetensors",
+            ),
+        ),
+        see_also=("import", "transcode", "push"),
+    ),
+    "import": Manual(
+        reads="Parquet files, each row a text's token ids and, for every token, lists of kept ids and log-probabilities.",
+        writes="A cache that says that it has no normaliser: students of it are trained at temperature 1.",
+        examples=(
+            Example(
+                says="What export wrote",
+                command="kdpipe import --from exports/parquet --tokenizer my-teacher --logprobs renormalised"
+                " --out caches/imported",
+            ),
+        ),
+        see_also=("export", "train-student", "verify"),
+    ),
     "inspect": Manual(
         reads="CACHE: a cache's folder, finished or not, or the address of a finished one in a store.",
         writes="Nothing.",
@@ -252,16 +279,25 @@ MANUALS: dict[str, Manual] = {
         ),
         see_also=("train-student", "cache-teacher"),
     ),
+    "report": Manual(
+        reads="A cache, run folders, a family's folder, and JSON files of evaluate and plan: any of them.",
+        writes="One HTML file, --out, which holds all that it shows; one that is there is replaced.",
+        examples=(
+            Example(says="A cache", command="kdpipe report --cache caches/mine --out report.html"),
+            Example(
+                says="Students beside each other, with what they were trained from",
+                command="kdpipe report --cache caches/mine --run runs/two --out report.html",
+            ),
+        ),
+        see_also=("inspect", "train-student", "evaluate", "plan"),
+    ),
     "completion": Manual(
         reads="Nothing.",
         writes="A script for the shell, on standard output.",
         examples=(
             Example(says="bash, for this session", command='eval "$(kdpipe completion bash)"'),
             Example(says="zsh, in ~/.zshrc", command='eval "$(kdpipe completion zsh)"'),
-            Example(
-                says="fish, for good",
-                command="kdpipe completion fish > ~/.config/fish/completions/kdpipe.fish",
-            ),
+            Example(says="fish, in config.fish", command="kdpipe completion fish | source"),
         ),
         see_also=("demo",),
     ),

@@ -68,7 +68,7 @@ def _index() -> str:
     rows = "\n".join(f"| [kdpipe {name}]({name}.md) | {line} |" for name, line in COMMANDS.items())
     names = "\n".join(COMMANDS)
     return (
-        "# Commands\n\nMade from the code: `kdpipe COMMAND --help` prints the same."
-        " `kdpipe --version` prints the version.\n\n"
+        "# Commands\n\nMade from the code: `kdpipe COMMAND --help` prints the same. `kdpipe --version` is the version."
+        " `kdpipe completion` teaches your shell.\n\n"
         f"| command | |\n|---|---|\n{rows}\n\n```{{toctree}}\n:hidden:\n\n{names}\n```\n"
     )

@@ -86,21 +86,21 @@ def token() -> str:
         f'<rect class="head" x="{left + width * n:g}" y="{base - height:.1f}" width="8" height="{height:.1f}"/>'
         for n, height in enumerate(heights)
     ]
-    rough = [5 + 9 * abs(math.sin(1.7 * n) * math.cos(0.31 * n)) * math.exp(-n / 60) for n in range(56)]
+    rough = [5 + 9 * abs(math.sin(1.7 * n) * math.cos(0.31 * n)) * math.exp(-n / 25) for n in range(56)]
     bars += [
         f'<rect class="tail" x="{left + width * (16 + n):g}" y="{base - height:.1f}" width="8" height="{height:.1f}"/>'
         for n, height in enumerate(rough)
     ]
     points = " ".join(
-        f"{left + width * (16 + n) + 4:g},{base - 5 - 6 * math.exp(-n / 45):.1f}" for n in range(0, 56, 5)
+        f"{left + width * (16 + n) + 4:g},{base - 7 - 8 * math.exp(-n / 25):.1f}" for n in range(0, 56, 3)
     )
     parts = [
         *bars,
         f'<polyline class="curve" points="{points}"/>',
         f'<line class="line" x1="36" y1="{base:g}" x2="770" y2="{base:g}"/>',
         _text(left, 24, "probability", "soft", "start"),
-        _text(120, 234, "head: the 16 most probable tokens", "ink"),
-        _text(120, 252, "each one's id and probability, 26 bytes", "soft"),
+        _text(left, 234, "head: the 16 most probable tokens", "ink", "start"),
+        _text(left, 252, "which, and how probable: 26 bytes", "soft", "start"),
         _text(490, 234, "tail: all other tokens of the vocabulary", "ink"),
         _text(490, 252, "their mass, exact: 2 bytes. Their shape, one of 256 shared ones: 1 byte", "soft"),
         _text(490, 150, "the curve: the shared distribution that this position's tail follows", "soft"),

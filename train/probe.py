@@ -20,7 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from train.config import TrainConfig
 from train.family_config import CONTROL_SETTINGS
 from train.loop import train
-from train.run_folder import read_metrics
+from train.run_files import read_metrics
 
 _ENOUGH_EPOCHS = 1 << 16
 _MOST_STEPS = 32

@@ -37,7 +37,7 @@ from tests.evaluation import (
 from tests.refusals import refusal
 from tests.synthetic import make_manifest, make_rows, write_cache
 from train.evaluation.config import EvaluateConfig
-from train.evaluation.evaluate import table
+from train.evaluation.tables import table
 from train.evaluation.text import DOCUMENT_GAP, read_text, tokenise
 from train.export import export_student
 from train.student import build_student
@@ -337,6 +337,10 @@ def test_settings_import_no_torch() -> None:
 # --- the command and its table
 
 
+def shown(rows: list[dict[str, Any]]) -> list[str]:
+    return table({"models": rows, "bootstrap": {"resamples": 0, "level": 0.95, "seed": 0}})
+
+
 def test_command_prints_one_row_for_each_model(tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = [str(tmp_path / name) for name in ("one", "two")]
     save_model(tmp_path / "one", "gpt2", rows=PADDED)
@@ -366,7 +370,8 @@ def test_table_aligns_columns_and_shows_teacher_and_models_under_each_other() ->
     on_cache |= {"ece": 0.125, "kl_is": "exact", "kl_to_teacher": 0.5, "agreement": 0.25, "overlap": 0.75}
     on_cache |= {"tokens_per_s": 10.0, "teacher_loss": 2.0, "teacher_perplexity": 7.0}
     row = {"name": "a-model", "parameters": 1234, "texts": [on_text], "cache": on_cache}
-    assert table([row]) == [
+    row |= {"corpora": [], "speed": None, "samples": [], "harness": None}
+    assert shown([row]) == [
         "a.txt",
         "model    parameters  tokens    loss  perplexity  bits/byte     ECE  tokens/s",
         "a-model       1,234   1,000  2.5000           -     1.2500  0.0500        10",
@@ -377,12 +382,12 @@ def test_table_aligns_columns_and_shows_teacher_and_models_under_each_other() ->
         "a-model             1,234       9  3.0000       20.00  0.1250  0.5000     0.2500   0.7500        10",
     ]
     drawn = {**on_cache, "kl_is": None, "kl_to_teacher": None, "agreement": None, "overlap": None}
-    lines = table([{**row, "texts": [], "cache": drawn}])
+    lines = shown([{**row, "texts": [], "cache": drawn}])
     assert "drawn" in lines[0]
     assert lines[-1].split()[-5:] == ["0.1250", "-", "-", "-", "10"]
-    bounds = table([{**row, "texts": [], "cache": {**on_cache, "kl_is": "lower-bound"}}])
+    bounds = shown([{**row, "texts": [], "cache": {**on_cache, "kl_is": "lower-bound"}}])
     assert "KL from below" in bounds[0]
-    assert table([]) == []
+    assert shown([]) == []
 
 
 def test_figures_do_not_depend_on_the_batch(tmp_path: Path, text: Path) -> None:

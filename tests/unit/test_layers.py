@@ -28,7 +28,7 @@ MAY_IMPORT_INSIDE_FUNCTIONS = {
     "pipeline/demo.py": {"train"},
 }
 MAY_IMPORT_AT_TOP = {
-    "pipeline/commands.py": {"train.config", "train.evaluation.config"},
+    "pipeline/commands.py": {"train.config", "train.evaluation.config", "train.report.config"},
     "pipeline/family_command.py": {"train.config"},
 }
 

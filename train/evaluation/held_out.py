@@ -14,7 +14,7 @@ from cache_spec.errors import BadInputError
 from cache_spec.reader import CacheReader
 from train.config import TrainConfig
 from train.distiller import output_head
-from train.evaluation.evaluate import cache_figures
+from train.evaluation.on_cache import cache_figures
 from train.evaluation.scorer import Scorer
 
 _NAMES = {"loss_nats": "loss", "kl_to_teacher": "kl", "agreement": "agreement", "ece": "ece"}

@@ -7,15 +7,22 @@ Legend: C rows of a chunk, V real vocabulary, K kept, M the head and one bucket.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from cache_spec.errors import KdpipeError
 from train.loss_targets import NO_LABEL, BucketTargets
 
 NUM_BINS = 15
+NUM_CALIBRATION_SUMS = 3 * NUM_BINS
+LARGEST_EXPONENT = 700
+"""Nats beyond which a perplexity is no float any more."""
 
 
 class LabelMeasures(NamedTuple):
@@ -98,19 +105,52 @@ class Calibration:
     """
 
     def __init__(self) -> None:
-        self._sums = np.zeros((NUM_BINS, 3))
+        self._sums = np.zeros(NUM_CALIBRATION_SUMS)
 
     def add(self, measures: LabelMeasures) -> None:
         """Count rows that have a label; a confidence on the edge of two bins is in the lower one, as in the paper."""
-        confidence, is_right = (x.cpu().double().numpy() for x in (measures.confidence_C, measures.is_right_C))
-        counted = confidence >= 0
-        confidence, is_right = confidence[counted], is_right[counted]
-        bins = np.ceil(confidence * NUM_BINS).astype(np.int64).clip(1, NUM_BINS) - 1
-        for column, values in enumerate((np.ones_like(confidence), confidence, is_right)):
-            self._sums[:, column] += np.bincount(bins, values, minlength=NUM_BINS)
+        self._sums += calibration_sums(measures, 1)[0]
 
     @property
     def error(self) -> float:
         """Between 0 and 1."""
-        counts, confidence, is_right = self._sums.T
-        return float(np.abs(is_right - confidence).sum() / counts.sum())
+        return float(calibration_error(self._sums))
+
+
+def calibration_sums(measures: LabelMeasures, num_blocks: int) -> NDArray[np.float64]:
+    """What ``calibration_error`` needs of each of as many blocks of equally many rows, [blocks, sums]; they add up."""
+    confidence, is_right = (x.cpu().double().numpy() for x in (measures.confidence_C, measures.is_right_C))
+    block = np.arange(len(confidence)) * num_blocks // max(1, len(confidence))
+    counted = confidence >= 0
+    confidence, is_right, block = confidence[counted], is_right[counted], block[counted]
+    bins = np.ceil(confidence * NUM_BINS).astype(np.int64).clip(1, NUM_BINS) - 1
+    columns = [
+        np.bincount(block * NUM_BINS + bins, values, minlength=num_blocks * NUM_BINS)
+        for values in (np.ones_like(confidence), confidence, is_right)
+    ]
+    return np.stack(columns, axis=1).reshape(num_blocks, NUM_CALIBRATION_SUMS).astype(np.float64)
+
+
+def calibration_error(sums: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The error, [...], from sums [..., sums] of everything measured."""
+    counts, confidence, is_right = np.moveaxis(sums.reshape(*sums.shape[:-1], NUM_BINS, 3), -1, 0)
+    error: NDArray[np.float64] = np.abs(is_right - confidence).sum(axis=-1) / counts.sum(axis=-1)
+    return error
+
+
+def loss_figures(name: str, sum_nats: float, count: int) -> dict[str, float | None]:
+    """``loss_nats``, the mean, and ``perplexity``, None beyond a float; KdpipeError ``non-finite-loss``."""
+    loss_nats = sum_nats / count
+    if not math.isfinite(loss_nats):
+        raise non_finite(name, loss_nats)
+    return {"loss_nats": loss_nats, "perplexity": math.exp(loss_nats) if loss_nats < LARGEST_EXPONENT else None}
+
+
+def non_finite(name: str, found: object) -> KdpipeError:
+    """The error of a model that computes no numbers."""
+    return KdpipeError("non-finite-loss", name, expected="finite losses", found=found)
+
+
+def joined(chunks: Iterable[LabelMeasures]) -> LabelMeasures:
+    """The measures of all rows from those of their chunks."""
+    return LabelMeasures(*(torch.cat(measures) for measures in zip(*chunks, strict=True)))

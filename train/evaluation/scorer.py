@@ -10,7 +10,7 @@ Legend: B batch, T time, N rows (B x T), C rows of a chunk, V real vocabulary, D
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,9 @@ from cache_spec.manifest import Manifest
 from cache_spec.reader import CacheReader
 from train.distiller import CHUNK_BYTES, check_student_head, output_head
 from train.evaluation.config import EvaluateConfig
+from train.evaluation.corpora import Corpus
 from train.evaluation.text import TOKENIZER_PATTERNS, TokenisedText, open_tokenizer, tokenise
+from train.evaluation.windows import DEFAULT_WINDOW, WindowPlan, plan_windows, start_token
 from train.lm_kind import is_masked_lm, model_class, own_logits, refuse_other_kind, student_states
 from train.student import check_same_vocabulary
 from train.student_config import load_config
@@ -43,8 +45,12 @@ class FoundModel:
     name: str
     folder: Path
     config: Any
+    tokenizer: Any
+    """None where the folder has no tokenizer, which a cache does not ask for."""
     texts: dict[str, TokenisedText]
     """The texts in this model's tokens, by the name of each."""
+    corpora: tuple[WindowPlan, ...]
+    """The corpora in this model's tokens."""
     vocab_size: int
     """V: ids of the tokenizer, or of the cache where the model has no tokenizer."""
 
@@ -60,29 +66,59 @@ class Scorer:
     vocab_size: int
     device: torch.device
 
-    def logits(self, input_ids_BT: Tensor, lengths_B: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    def logits(
+        self, input_ids_BT: Tensor, lengths_B: Tensor, rows_M: Tensor | None = None
+    ) -> Iterator[tuple[slice, Tensor]]:
         """Yield float32 logits [C, V] with the rows, of the N, that they belong to; the caller may overwrite them.
 
-        ``lengths_B`` counts the real tokens of each block.
+        ``lengths_B`` counts the real tokens of each block. ``rows_M``: int64, ascending, the only rows whose logits are
+        wanted; slices are then of these.
         """
         step = max(1, CHUNK_BYTES // (4 * self.vocab_size))
         num_blocks, block_tokens = input_ids_BT.shape
         if self.head is not None:
             hidden_ND = student_states(self.model, input_ids_BT, lengths_B).read_BTD.flatten(0, 1)
+            if rows_M is not None:
+                hidden_ND = hidden_ND[rows_M]
             for start in range(0, len(hidden_ND), step):
                 rows = slice(start, min(start + step, len(hidden_ND)))
                 yield rows, F.linear(hidden_ND[rows].float(), *self.head)
             return
+        if rows_M is None:
+            rows_M = torch.arange(num_blocks * block_tokens, device=input_ids_BT.device)
+        before = 0
         for block in range(num_blocks):
+            of_block_M = rows_M[rows_M // block_tokens == block] - block * block_tokens
+            if not len(of_block_M):
+                continue
             logits_TV = own_logits(self.model, input_ids_BT[block : block + 1])[0]
-            for start in range(0, block_tokens, step):
-                end = min(start + step, block_tokens)
-                rows = slice(block * block_tokens + start, block * block_tokens + end)
-                yield rows, logits_TV[start:end, : self.vocab_size].float()
+            for start in range(0, len(of_block_M), step):
+                chunk_M = of_block_M[start : start + step]
+                rows = slice(before + start, before + start + len(chunk_M))
+                yield rows, logits_TV[chunk_M, : self.vocab_size].float()
+            before += len(of_block_M)
 
 
-def find_model(name: str, texts: dict[str, str], reader: CacheReader | None, config: EvaluateConfig) -> FoundModel:
-    """Find a model's files and check its configuration and tokenizer against what it is to be measured on."""
+def find_models(
+    config: EvaluateConfig, texts: Mapping[str, str], corpora: Sequence[Corpus], reader: CacheReader | None
+) -> list[FoundModel]:
+    """Find all models' files, and check their configurations and tokenizers against what they are to be measured on."""
+    folders = {name: _folder(name) for name in config.models}
+    configs = {name: load_config(folder, "unknown-model") for name, folder in folders.items()}
+    limits = [limit for model_config in configs.values() if (limit := _positions(model_config)) is not None]
+    # One window for all models: with more context a model would only seem better.
+    window = config.window or min(DEFAULT_WINDOW, *limits)
+    stride = config.stride or max(1, window // 2)
+    if stride > window:
+        hint = "choose a smaller --stride"
+        raise BadInputError("bad-stride", "windows", expected=f"at most {window} tokens", found=stride, hint=hint)
+    return [
+        _find_model(name, folders[name], configs[name], config, texts, corpora, reader, window, stride)
+        for name in config.models
+    ]
+
+
+def _folder(name: str) -> Path:
     folder = Path(name).expanduser()
     if not folder.is_dir():
         try:
@@ -92,18 +128,33 @@ def find_model(name: str, texts: dict[str, str], reader: CacheReader | None, con
             raise BadInputError("unknown-model", name, found=first_line(error), hint=hint) from None
     if not any(folder.glob("*.safetensors")):
         raise BadInputError("unknown-model", name, expected="a folder with *.safetensors files", found="none")
-    model_config = load_config(folder, "unknown-model")
+    return folder
+
+
+def _find_model(
+    name: str,
+    folder: Path,
+    model_config: Any,
+    config: EvaluateConfig,
+    texts: Mapping[str, str],
+    corpora: Sequence[Corpus],
+    reader: CacheReader | None,
+    window: int,
+    stride: int,
+) -> FoundModel:
     if reader is not None:
         refuse_other_kind(model_config, reader.manifest, name)
-    if texts and is_masked_lm(model_config):
+        _check_positions(name, model_config, reader.manifest.blocks.block_tokens, "of the cache", None)
+    needs_text = bool(texts or corpora or config.sample)
+    if (needs_text or config.speed) and is_masked_lm(model_config):
         hint = "measure it on a cache of masked text"
         raise BadInputError("not-a-causal-lm", name, expected="a model that predicts next tokens of a text", hint=hint)
     if texts:
         _check_positions(name, model_config, config.block_tokens, "of a text", "choose fewer --block-tokens")
-    if reader is not None:
-        _check_positions(name, model_config, reader.manifest.blocks.block_tokens, "of the cache", None)
+    if corpora:
+        _check_positions(name, model_config, window, "of a corpus", "choose a smaller --window")
     tokenizer = open_tokenizer(folder)
-    if texts and not getattr(tokenizer, "is_fast", False):
+    if needs_text and not getattr(tokenizer, "is_fast", False):
         found = "none" if tokenizer is None else type(tokenizer).__name__
         raise BadInputError("no-tokenizer", name, expected="a fast tokenizer, to measure on text", found=found)
     vocabulary: dict[str, int] = {} if tokenizer is None else tokenizer.get_vocab()
@@ -114,19 +165,43 @@ def find_model(name: str, texts: dict[str, str], reader: CacheReader | None, con
         name=name,
         folder=folder,
         config=model_config,
+        tokenizer=tokenizer,
         texts={
             place: tokenise(
                 text, tokenizer, place=place, block_tokens=config.block_tokens, limit_tokens=config.limit_tokens
             )
             for place, text in texts.items()
         },
-        vocab_size=max(vocabulary.values()) + 1 if reader is None else reader.manifest.teacher.vocab_size,
+        corpora=tuple(
+            plan_windows(
+                corpus,
+                tokenizer,
+                mode=config.mode,
+                window=window,
+                stride=stride,
+                limit_tokens=config.limit_tokens,
+                limit_examples=config.limit_examples,
+                start_id=start_token(tokenizer),
+            )
+            for corpus in corpora
+        ),
+        vocab_size=_vocab_size(model_config, vocabulary) if reader is None else reader.manifest.teacher.vocab_size,
     )
 
 
-def _check_positions(name: str, model_config: Any, block_tokens: int, whose: str, hint: str | None) -> None:
+def _vocab_size(model_config: Any, vocabulary: Mapping[str, int]) -> int:
+    """Ids of the tokenizer; a model without one is only timed, and has what its configuration says."""
+    return max(vocabulary.values()) + 1 if vocabulary else int(model_config.get_text_config().vocab_size)
+
+
+def _positions(model_config: Any) -> int | None:
     positions = getattr(model_config, "max_position_embeddings", None)
-    if isinstance(positions, int) and positions < block_tokens:
+    return positions if isinstance(positions, int) else None
+
+
+def _check_positions(name: str, model_config: Any, block_tokens: int, whose: str, hint: str | None) -> None:
+    positions = _positions(model_config)
+    if positions is not None and positions < block_tokens:
         place, expected = f"blocks {whose} for {name}", f"at most {positions} tokens"
         raise BadInputError("block-too-long", place, expected=expected, found=block_tokens, hint=hint)
 

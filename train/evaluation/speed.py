@@ -10,9 +10,12 @@ Legend: B batch (1), T time.
 from __future__ import annotations
 
 import inspect
+import multiprocessing
 import statistics
 import time
 from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from cache_spec.errors import BadInputError
+from cache_spec.errors import BadInputError, KdpipeError
 from cache_spec.failures import first_line
 from train.lm_kind import is_masked_lm
 from train.memory import out_of_memory_at
@@ -41,6 +44,8 @@ class SpeedConfig(BaseModel):
     """Tokens that are generated one by one."""
     rounds: int = Field(default=3, ge=1)
     """Turns of each model; the median counts."""
+    peak_memory: bool = False
+    """Also generate once in a process of its own for each model, and tell its peak memory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +62,9 @@ class Speed:
     """Latency of the first new token."""
     token_s: float
     """Latency of each further one."""
+    peak_bytes: int | None = None
+    """Most memory that generation took, in a process that did nothing else: on CUDA what PyTorch allocated there, else
+    all that the process held, interpreter and libraries included. None: not measured, or the system does not say."""
 
 
 class Generated(NamedTuple):
@@ -87,7 +95,8 @@ def measure_speeds(
                 generate(model, prompt_BT, min(2, config.new_tokens))
                 turns[name].append(generate(model, prompt_BT, config.new_tokens))
                 del model
-    return {name: _median(done, prompt_tokens) for name, done in turns.items()}
+    peaks = {name: _peak_bytes(folder, config, device, dtype, prompt_tokens) for name, folder in folders.items()}
+    return {name: _median(done, prompt_tokens, peaks[name]) for name, done in turns.items()}
 
 
 @torch.inference_mode()
@@ -149,7 +158,41 @@ def _wait_for(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
-def _median(turns: list[Generated], prompt_tokens: int) -> Speed:
+def _peak_bytes(
+    folder: Path, config: SpeedConfig, device: torch.device, dtype: torch.dtype, prompt_tokens: int
+) -> int | None:
+    if not config.peak_memory:
+        return None
+    # Spawned, not forked: a copy of this process would begin with all that it ever held.
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        settings = (folder, str(device), dtype, prompt_tokens, config.new_tokens, torch.get_num_threads())
+        try:
+            return pool.submit(_generate_alone, *settings).result()
+        except BrokenProcessPool:
+            place, hint = f"generation by {folder} in a process of its own", "it may have run out of memory"
+            raise KdpipeError("process-ended", place, expected="a result", found="none", hint=hint) from None
+
+
+def _generate_alone(
+    folder: Path, device_name: str, dtype: torch.dtype, prompt_tokens: int, new_tokens: int, num_threads: int
+) -> int | None:
+    """Load a model, generate once, and return the most memory that this process has taken."""
+    torch.set_num_threads(num_threads)
+    device = torch.device(device_name)
+    with quiet_transformers():
+        model = _load(folder, device, dtype)
+        generate(model, _prompt(prompt_tokens, model, device), new_tokens)
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return None
+    peak = next((line for line in status.splitlines() if line.startswith("VmHWM:")), None)
+    return None if peak is None else int(peak.split()[1]) * 1024
+
+
+def _median(turns: list[Generated], prompt_tokens: int, peak_bytes: int | None) -> Speed:
     prefill_s = statistics.median(turn.prefill_s for turn in turns)
     token_s = statistics.median(turn.decode_s for turn in turns) / (turns[0].ids_BT.shape[1] - 1)
     return Speed(
@@ -158,4 +201,5 @@ def _median(turns: list[Generated], prompt_tokens: int) -> Speed:
         decode_tokens_per_s=round(1 / token_s, 1),
         first_token_s=round(prefill_s, 6),
         token_s=round(token_s, 6),
+        peak_bytes=peak_bytes,
     )

@@ -72,31 +72,45 @@ def read_text(path: Path, limit_bytes: int | None = None) -> str:
     ``invalid-utf8``, ``broken-json``, ``bad-record``, ``no-text``.
     """
     is_lines = path.suffix.lower() == ".jsonl"
-    try:
-        with path.open("rb") as file:
-            data = file.read() if is_lines or limit_bytes is None else file.read(limit_bytes + _SPARE_BYTES)
-    except FileNotFoundError:
-        raise BadInputError("unknown-text", path, found="no such file") from None
-    except OSError as error:
-        raise BadInputError("cannot-read", path, found=error.strerror) from None
+    data = read_bytes(path, None if is_lines or limit_bytes is None else limit_bytes + _SPARE_BYTES)
     mark = len(BOM_UTF8) if data.startswith(BOM_UTF8) else 0
     data = data[mark:]
     if is_lines:
         data = DOCUMENT_GAP.join(_documents(path, data)).encode()
     is_whole = limit_bytes is None or len(data) <= limit_bytes
-    try:
-        text = getincrementaldecoder("utf-8")().decode(data[:limit_bytes], final=is_whole)
-    except UnicodeDecodeError as error:
-        place, hint = f"{path}, byte {mark + error.start}", "compressed files are to be unpacked first"
-        raise BadInputError("invalid-utf8", place, expected="UTF-8 text", found=error.reason, hint=hint) from None
+    text = decoded(data[:limit_bytes], path, offset=mark, may_end_inside=not is_whole)
     if not text.strip():
         limit = "" if is_whole else f" in the first {limit_bytes} bytes"
         raise BadInputError("no-text", path, found=("only white space" if text else "nothing") + limit)
     return text
 
 
-def _documents(path: Path, data: bytes) -> Iterator[str]:
-    for number, line in enumerate(data.split(b"\n"), 1):
+def read_bytes(path: Path, num_bytes: int | None = None) -> bytes:
+    """A file's bytes, or its first so many; BadInputError ``unknown-text``, ``cannot-read``."""
+    try:
+        with path.open("rb") as file:
+            return file.read(num_bytes)
+    except FileNotFoundError:
+        raise BadInputError("unknown-text", path, found="no such file") from None
+    except OSError as error:
+        raise BadInputError("cannot-read", path, found=error.strerror) from None
+
+
+def decoded(data: bytes, place: object, *, offset: int = 0, may_end_inside: bool = False) -> str:
+    """UTF-8 as text; ``offset`` counts bytes of the file before it, for the error: BadInputError ``invalid-utf8``."""
+    try:
+        return getincrementaldecoder("utf-8")().decode(data, final=not may_end_inside)
+    except UnicodeDecodeError as error:
+        place, hint = f"{place}, byte {offset + error.start}", "compressed files are to be unpacked first"
+        raise BadInputError("invalid-utf8", place, expected="UTF-8 text", found=error.reason, hint=hint) from None
+
+
+def json_rows(path: object, data: bytes) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the place and the object of each line that is not blank.
+
+    Raises BadInputError ``invalid-utf8``, ``broken-json``, ``bad-record`` for what is no object.
+    """
+    for number, line in enumerate(data.removeprefix(BOM_UTF8).split(b"\n"), 1):
         if not line.strip():
             continue
         place = f"{path}, line {number}"
@@ -106,7 +120,14 @@ def _documents(path: Path, data: bytes) -> Iterator[str]:
             raise BadInputError("invalid-utf8", place, expected="UTF-8 text", found=error.reason) from None
         except (ValueError, RecursionError) as error:
             raise BadInputError("broken-json", place, expected="one JSON object a line", found=error) from None
-        text = row.get("text") if isinstance(row, dict) else None
+        if not isinstance(row, dict):
+            raise BadInputError("bad-record", place, expected="one JSON object a line", found=type(row).__name__)
+        yield place, row
+
+
+def _documents(path: Path, data: bytes) -> Iterator[str]:
+    for place, row in json_rows(path, data):
+        text = row.get("text")
         if not isinstance(text, str):
             raise BadInputError("bad-record", place, expected="an object with a string as its text")
         try:
