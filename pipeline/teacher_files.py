@@ -29,9 +29,10 @@ from cache_spec.durable import make_folder, writing
 from cache_spec.errors import BadInputError
 from cache_spec.failures import first_line
 from cache_spec.manifest import TeacherInfo, TokenizerInfo, canonical_json, sha256_hex
+from pipeline.teacher_card import CARD_NAME, declared
 from pipeline.teacher_kind import MASKED_LM_HEADS, is_masked_lm, model_class, unused_positions
 
-_HUB_PATTERNS = ["model*.safetensors", "*.json", "*.model", "*.txt", "*.tiktoken", "*.jinja"]
+_HUB_PATTERNS = ["model*.safetensors", "*.json", "*.model", "*.txt", "*.tiktoken", "*.jinja", CARD_NAME]
 _UNSAFE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 _TOKENIZER_PATTERNS = ["tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json"]
 # Where a file lay and which library read it is no part of what the model is.
@@ -346,7 +347,8 @@ def teacher_description(files: TeacherFiles, scratch: Path) -> dict[str, bytes]:
 def save_teacher_description(files: TeacherFiles, folder: Path) -> None:
     """Write ``teacher/config.json`` (and generation_config.json) and ``tokenizer/`` below ``folder``, no weights.
 
-    The same teacher gives the same bytes, wherever its files lie.
+    The same teacher gives the same bytes, wherever its files lie. What its card declares of its terms goes to
+    ``teacher/card.json``.
     """
     target = folder / "teacher"
     target.mkdir(parents=True, exist_ok=True)
@@ -354,6 +356,8 @@ def save_teacher_description(files: TeacherFiles, folder: Path) -> None:
     generation = _generation_settings(files)
     if generation is not None:
         _write_json(target / "generation_config.json", _without(generation, _NOT_CONFIG))
+    if terms := declared(files.folder):
+        _write_json(target / "card.json", terms)
     with quiet_transformers():
         load_tokenizer(files).save_pretrained(folder / "tokenizer")
     settings = folder / "tokenizer" / "tokenizer_config.json"
