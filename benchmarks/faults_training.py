@@ -25,7 +25,7 @@ import torch
 import train.loop  # noqa: F401 (what takes seconds is imported once)
 from pipeline import cli
 from pipeline.demo import TEACHER
-from train.run_folder import CLOCK_METRICS, read_metrics
+from train.run_files import CLOCK_METRICS, read_metrics
 
 TOKENS = 8_192
 _OPTIONS = (

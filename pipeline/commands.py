@@ -18,15 +18,34 @@ from pipeline.completion import SHELLS, files, shell_script
 from pipeline.config import CaptureConfig, TranscodeConfig
 from pipeline.family_command import FamilyOptions, family_options, run_family
 from pipeline.help_page import command
+from pipeline.interop.config import ExportConfig, ImportConfig
+from pipeline.plan.config import PlanConfig
 from pipeline.settings import emit, flags_of, settings
 from train.config import TrainConfig
-from train.evaluate_config import EvaluateConfig
+from train.evaluation.config import EvaluateConfig
+from train.report.config import ReportConfig
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object and no progress bars.")
 dry_run = click.option("--dry-run", is_flag=True, help="Say what would be done and what it would cost; write nothing.")
 PaperRows = list[dict[str, Any]]
 cache_argument = click.argument("cache", type=as_address, shell_complete=files)
 copy_options = flags_of(CopySettings, "copy")
+
+
+@command("plan")
+@settings(PlanConfig, "plan")
+@as_json
+def plan(config: PlanConfig, as_json: bool) -> None:
+    """Say what a cache and students from it would cost, before anything is spent.
+
+    By formula, from the models' configs alone; or, with --calibrate, from a probe of the real teacher, students and
+    disk on this machine.
+    """
+    from pipeline.plan_command import lines
+    from pipeline.plan_command import plan as planned
+
+    facts = planned(config)
+    emit(as_json, facts, [] if as_json else lines(facts))
 
 
 def _paper_capture(path: Path, flags: dict[str, Any]) -> tuple[dict[str, Any], PaperRows]:
@@ -204,6 +223,36 @@ def pull(url: str, folder: Path, as_json: bool) -> None:
     emit(as_json, facts, describe_pull(facts))
 
 
+@command("export")
+@settings(ExportConfig, "export", argument="cache")
+@as_json
+def export(config: ExportConfig, as_json: bool) -> None:
+    """Write a cache's targets as Parquet or safetensors, for programs that do not read caches.
+
+    Run the same command again to go on after an interruption.
+    """
+    from pipeline.interop.export import describe_export
+    from pipeline.interop.export import export as write
+
+    facts = write(config, quiet=as_json)
+    emit(as_json, facts, describe_export(facts))
+
+
+@command("import")
+@settings(ImportConfig, "import")
+@as_json
+def import_(config: ImportConfig, as_json: bool) -> None:
+    """Make a cache of Parquet files with token ids and top-k log-probabilities.
+
+    The values have no normaliser: students are trained at temperature 1. Run the same command again to go on after
+    an interruption.
+    """
+    from pipeline.interop.importing import import_logprobs
+
+    result = import_logprobs(config, quiet=as_json)
+    emit(as_json, result, [_made(result)])
+
+
 @command("inspect")
 @cache_argument
 @copy_options
@@ -268,11 +317,28 @@ def train_student(
 @settings(EvaluateConfig, "evaluate")
 @as_json
 def evaluate(config: EvaluateConfig, as_json: bool) -> None:
-    """Measure models on text and against a cache."""
-    from train.evaluate import evaluate_models, table
+    """Measure models on corpora, on text and against a cache, and how fast they are."""
+    from train.evaluation.evaluate import evaluate_models, report, write_report
+    from train.evaluation.tables import table
 
-    rows = evaluate_models(config, quiet=as_json)
-    emit(as_json, {"models": rows}, table(rows))
+    facts = report(config, evaluate_models(config, quiet=as_json))
+    if config.out is not None:
+        write_report(config.out, facts)
+    emit(as_json, facts, table(facts))
+
+
+@command("report")
+@settings(ReportConfig, "report")
+@as_json
+def report(config: ReportConfig, as_json: bool) -> None:
+    """Make one HTML page about a cache, runs, students, evaluations and a plan.
+
+    The file holds all that it shows, and asks for nothing. With --json its facts are printed too.
+    """
+    from train.report.write import write_report
+
+    facts = write_report(config)
+    emit(as_json, facts, [f"{facts['out']}: {facts['bytes']:,} bytes"])
 
 
 @command()

@@ -84,6 +84,8 @@ class CaptureConfig(EncodingConfig, WorkersConfig):
     """Lay the teacher's layers over all GPUs that its process sees, for one that is larger than a GPU."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type the teacher computes in; auto is bfloat16 on CUDA, float32 elsewhere."""
+    compile: bool = False
+    """Compile the teacher with torch.compile: a slow start, then faster passes, and other last bits: another cache."""
 
     @model_validator(mode="before")
     @classmethod

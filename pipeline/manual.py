@@ -55,6 +55,29 @@ MANUALS: dict[str, Manual] = {
         ),
         see_also=("cache-teacher", "train-student", "evaluate"),
     ),
+    "plan": Manual(
+        reads="The configs of teacher and students: of shipped models by name, of folders, or of the hub. With"
+        " --calibrate also their weights and some text. With --runs what trained families measured.",
+        writes="Nothing. The probe of --calibrate works in a folder of its own below --probe-folder, and removes it.",
+        examples=(
+            Example(
+                says="A published recipe on one GPU, from configs alone",
+                command="kdpipe plan --teacher gpt2 --student 6 --tokens 1000000000 --epochs 4 --device rtx4090"
+                " --budget-hours 30",
+            ),
+            Example(
+                says="Two students of a 7B teacher, two GPUs to choose from",
+                command="kdpipe plan --teacher llama-7b --student 8 --student 16 --tokens 100000000 \\\n"
+                "    --device a100 --device h100 --watts 700 --price-per-hour 3",
+            ),
+            Example(
+                says="This machine, measured for about a minute",
+                command="kdpipe plan --teacher my-teacher --student 2 --text my-text.txt --calibrate",
+                needs="minutes",
+            ),
+        ),
+        see_also=("cache-teacher", "train-student"),
+    ),
     "cache-teacher": Manual(
         reads="A teacher, from a folder, a GGUF file or the Hugging Face hub, and text. Nothing is downloaded that was"
         " not named.",
@@ -170,6 +193,33 @@ MANUALS: dict[str, Manual] = {
         ),
         see_also=("push", "verify"),
     ),
+    "export": Manual(
+        reads="CACHE: a finished cache's folder, or its address in a store.",
+        writes="A folder of Parquet or safetensors files, with an index; the same command goes on.",
+        examples=(
+            Example(
+                says="As Hugging Face datasets open it, and axolotl's KD plugin takes it",
+                command="kdpipe export caches/mine --to parquet --out exports/parquet",
+            ),
+            Example(
+                says="As plain arrays, a file for each shard",
+                command="kdpipe export caches/mine --to safetensors --out exports/safetensors",
+            ),
+        ),
+        see_also=("import", "transcode", "push"),
+    ),
+    "import": Manual(
+        reads="Parquet files, each row a text's token ids and, for every token, lists of kept ids and log-probabilities.",
+        writes="A cache that says that it has no normaliser: students of it are trained at temperature 1.",
+        examples=(
+            Example(
+                says="What export wrote",
+                command="kdpipe import --from exports/parquet --tokenizer my-teacher --logprobs renormalised"
+                " --out caches/imported",
+            ),
+        ),
+        see_also=("export", "train-student", "verify"),
+    ),
     "inspect": Manual(
         reads="CACHE: a cache's folder, finished or not, or the address of a finished one in a store.",
         writes="Nothing.",
@@ -228,6 +278,18 @@ MANUALS: dict[str, Manual] = {
             ),
         ),
         see_also=("train-student", "cache-teacher"),
+    ),
+    "report": Manual(
+        reads="A cache, run folders, a family's folder, and JSON files of evaluate and plan: any of them.",
+        writes="One HTML file, --out, which holds all that it shows; one that is there is replaced.",
+        examples=(
+            Example(says="A cache", command="kdpipe report --cache caches/mine --out report.html"),
+            Example(
+                says="Students beside each other, with what they were trained from",
+                command="kdpipe report --cache caches/mine --run runs/two --out report.html",
+            ),
+        ),
+        see_also=("inspect", "train-student", "evaluate", "plan"),
     ),
     "completion": Manual(
         reads="Nothing.",

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 # Help lines stand here so that ``kdpipe --help`` imports no command.
 COMMANDS = {
     "demo": "Run the whole pipeline offline on an embedded teacher and text.",
+    "plan": "Say what a cache and students from it would cost, before anything is spent.",
     "cache-teacher": "Run a teacher once over text and keep what students need.",
     "import-pickle": "Convert a pickle of token ids, once, to text of ids.",
     "transcode": "Make a smaller cache from a richer one, without the teacher.",
@@ -33,9 +34,12 @@ COMMANDS = {
     "repair": "Recompute what is bad in a cache, and nothing else.",
     "push": "Send a finished cache to a store, or to the Hugging Face Hub.",
     "pull": "Bring a finished cache from a store, or from the Hugging Face Hub.",
+    "export": "Write a cache's targets as Parquet or safetensors.",
+    "import": "Make a cache of Parquet files of top-k log-probabilities.",
     "inspect": "Show what is in a cache and what it costs.",
     "train-student": "Train a student from a cache, without the teacher.",
-    "evaluate": "Measure models on text and against a cache.",
+    "evaluate": "Measure models on corpora, on text and against a cache, and how fast they are.",
+    "report": "Make one HTML page about a cache, runs, students, evaluations and a plan.",
     "completion": "Print the script that completes kdpipe in a shell.",
 }
 # Settings of plain text that name a file or a folder as well as something else.

@@ -347,9 +347,15 @@ def teacher_description(files: TeacherFiles, scratch: Path) -> dict[str, bytes]:
 def save_teacher_description(files: TeacherFiles, folder: Path) -> None:
     """Write ``teacher/config.json`` (and generation_config.json) and ``tokenizer/`` below ``folder``, no weights.
 
-    The same teacher gives the same bytes, wherever its files lie. What its card declares of its terms goes to
-    ``teacher/card.json``.
+    The same teacher gives the same bytes, wherever its files lie.
     """
+    save_config(files, folder)
+    save_tokenizer(files, folder)
+
+
+def save_config(files: TeacherFiles, folder: Path) -> None:
+    """Write ``teacher/config.json``, below ``folder``, generation_config.json where there is one, and as ``card.json``
+    what the teacher's card declares of its terms."""
     target = folder / "teacher"
     target.mkdir(parents=True, exist_ok=True)
     _write_json(target / "config.json", _without(load_config(files).to_diff_dict(), _NOT_CONFIG))
@@ -358,6 +364,10 @@ def save_teacher_description(files: TeacherFiles, folder: Path) -> None:
         _write_json(target / "generation_config.json", _without(generation, _NOT_CONFIG))
     if terms := declared(files.folder):
         _write_json(target / "card.json", terms)
+
+
+def save_tokenizer(files: TeacherFiles, folder: Path) -> None:
+    """Write ``tokenizer/`` below ``folder``."""
     with quiet_transformers():
         load_tokenizer(files).save_pretrained(folder / "tokenizer")
     settings = folder / "tokenizer" / "tokenizer_config.json"

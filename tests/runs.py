@@ -16,7 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from cache_spec.manifest import sha256_hex
 from tests.synthetic import make_manifest, make_rows, write_cache
-from train.run_folder import CLOCK_METRICS
+from train.run_files import CLOCK_METRICS
 from train.teacher_layers import weights_digest
 
 VOCABULARY, WIDTH, TOKENS, BLOCKS = 50, 16, 8, 22

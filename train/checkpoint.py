@@ -27,17 +27,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from cache_spec.durable import TEMPORARY_PREFIX, make_folder, sync_folder, writing
-from cache_spec.errors import BadInputError, CacheError, WouldLoseDataError
+from cache_spec.errors import CacheError, WouldLoseDataError
 from cache_spec.manifest import load_sealed, seal_json
 from train.parallel import part_like, whole
+from train.run_files import CheckpointError
 
 STATE_NAME = "state.json"
 TENSORS_NAME = "state.safetensors"
 _STEP_FOLDER = re.compile(r"step-(\d{8,})")
-
-
-class CheckpointError(BadInputError):
-    """A checkpoint or run folder on disk is damaged or does not fit."""
 
 
 class Position(BaseModel):

@@ -16,23 +16,16 @@ from train.batches import ahead, micro_batches
 from train.budget import is_spent
 from train.checkpoint import Position
 from train.config import TrainConfig
+from train.evaluation.held_out import HeldOut
 from train.export import export_student
-from train.held_out import HeldOut
 from train.inheritance import inheritance
 from train.interrupts import Interrupted, Interrupts
 from train.memory import out_of_memory_at
-from train.progress import EVALUATION, Progress
+from train.progress import Progress
 from train.ranks import Ranks, joined
 from train.run import Run, loss_weights, open_run, pick_device, pick_precision, run_identity
-from train.run_folder import (
-    CHECKPOINTS_NAME,
-    STUDENT_NAME,
-    claimed,
-    finished_result,
-    goes_on,
-    read_metrics,
-    write_result,
-)
+from train.run_files import CHECKPOINTS_NAME, EVALUATION, STUDENT_NAME, read_metrics
+from train.run_folder import claimed, finished_result, goes_on, write_result
 from train.steps import take_step
 from train.student import quiet_transformers
 from train.writer import CheckpointWriter

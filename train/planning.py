@@ -23,7 +23,8 @@ from train.run import (
     run_identity,
     step_plan,
 )
-from train.run_folder import CHECKPOINTS_NAME, goes_on, rebuild_student, refuse_foreign
+from train.run_files import CHECKPOINTS_NAME
+from train.run_folder import goes_on, rebuild_student, refuse_foreign
 from train.student import quiet_transformers
 from train.student_modes import compiling
 

@@ -12,11 +12,9 @@ from typing import Any
 from tqdm import tqdm
 
 from train.run import Run
+from train.run_files import EVALUATION
 from train.run_folder import Metrics
 from train.steps import Outcome
-
-EVALUATION = "evaluate"
-"""What stands before the names of figures on a held-out cache, in metrics and TensorBoard."""
 
 
 class Progress:

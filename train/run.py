@@ -35,7 +35,8 @@ from train.loss_divergences import Divergence
 from train.parallel import is_slice, whole, wrap
 from train.ranks import Ranks
 from train.redraw import check_draws
-from train.run_folder import CHECKPOINTS_NAME, rebuild_student, save_student_config, set_dropout, write_run
+from train.run_files import CHECKPOINTS_NAME
+from train.run_folder import rebuild_student, save_student_config, set_dropout, write_run
 from train.student import StudentBuild, build_student
 from train.student_modes import set_modes
 from train.teacher_targets import check_divergence, pick_tail

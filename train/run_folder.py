@@ -26,20 +26,23 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 from cache_spec.durable import TEMPORARY_PREFIX, make_folder, replace_file, writing
 from cache_spec.errors import BadInputError, WouldLoseDataError
 from cache_spec.failures import first_line
-from train.checkpoint import CheckpointError, refuse_another_run
+from train.checkpoint import refuse_another_run
 from train.export import sync_files
 from train.lm_kind import is_masked_lm, model_class
+from train.run_files import (
+    CHECKPOINTS_NAME,
+    METRICS_NAME,
+    RESULT_NAME,
+    RUN_NAME,
+    STUDENT_NAME,
+    CheckpointError,
+    read_json,
+    read_metrics,
+)
 from train.student import quiet_transformers
 
-RUN_NAME = "run.json"
-RESULT_NAME = "result.json"
-STUDENT_NAME = "student"
-CHECKPOINTS_NAME = "checkpoints"
-CLOCK_METRICS = frozenset({"tokens_per_s", "wait_s"})
-"""What a clock says in a line of metrics: not the same in two runs that are equal."""
 _STUDENT_CONFIG_NAME = "student_config"
 _GENERATION_NAME = "generation_config.json"
-_METRICS_NAME = "metrics.jsonl"
 _LOCK_NAME = ".lock"
 
 
@@ -80,7 +83,7 @@ def published_run(out: Path) -> dict[str, Any] | None:
     kept = (out / RESULT_NAME, out / STUDENT_NAME, *(out / CHECKPOINTS_NAME).glob("step-*"))
     if not any(path.exists() for path in kept):
         return None
-    run = _read_json(out / RUN_NAME)
+    run = read_json(out / RUN_NAME)
     if run is not None and not (isinstance(run.get("fingerprint"), str) and isinstance(run.get("settings"), dict)):
         raise CheckpointError("damaged-run", out / RUN_NAME, expected="a run's fingerprint and settings")
     return run
@@ -105,7 +108,7 @@ def finished_result(out: Path) -> dict[str, Any] | None:
     if not (student / "config.json").is_file() or not any(student.glob("*.safetensors")):
         return None
     try:
-        result = _read_json(out / RESULT_NAME)
+        result = read_json(out / RESULT_NAME)
     except CheckpointError:
         return None
     return result if result is not None and {"steps", "fingerprint"} <= result.keys() else None
@@ -183,7 +186,7 @@ class Metrics:
         wandb: str | None = None,
         settings: Mapping[str, Any] | None = None,
     ) -> None:
-        self._path = out / _METRICS_NAME
+        self._path = out / METRICS_NAME
         self._writer: Any = None
         self._wandb: Any = None if wandb is None else _open_wandb(wandb, out, settings or {})
         kept = [line for line in read_metrics(out) if line["step"] <= last_step]
@@ -237,23 +240,6 @@ def _open_wandb(project: str, out: Path, settings: Mapping[str, Any]) -> Any:
     return wandb.init(project=project, name=out.name, id=identity, resume="allow", dir=str(out), config=dict(settings))
 
 
-def read_metrics(out: Path) -> list[dict[str, Any]]:
-    """Return the whole lines of ``metrics.jsonl``; a last line cut short by a kill is left out."""
-    path = out / _METRICS_NAME
-    if not path.is_file():
-        return []
-    hint = "remove this file to go on without it"
-    try:
-        lines = [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
-    except ValueError as error:
-        raise CheckpointError("damaged-run", path, found=error, hint=hint) from None
-    for number, line in enumerate(lines, 1):
-        if not isinstance(line, dict) or not isinstance(line.get("step"), int):
-            place = f"{path}, line {number}"
-            raise CheckpointError("damaged-run", place, expected="an object with a step", hint=hint)
-    return lines
-
-
 def _line(content: Mapping[str, Any]) -> bytes:
     return json.dumps(content).encode() + b"\n"
 
@@ -276,18 +262,6 @@ def refuse_foreign(out: Path) -> None:
     if foreign:
         hint = "give another --out"
         raise WouldLoseDataError("not-a-run", out, expected="a new or empty folder", found=foreign[0], hint=hint)
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    try:
-        content = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise CheckpointError("damaged-run", path, found=error) from None
-    if not isinstance(content, dict):
-        raise CheckpointError("damaged-run", path, expected="an object")
-    return content
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

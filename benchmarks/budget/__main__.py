@@ -35,10 +35,10 @@ from benchmarks.workers import Process
 from cache_spec.manifest import MANIFEST_NAME
 from cache_spec.reader import CacheReader
 from pipeline.settings import recipe_path
-from train.evaluate import evaluate_models
-from train.evaluate_config import EvaluateConfig
+from train.evaluation.config import EvaluateConfig
+from train.evaluation.evaluate import evaluate_models
 from train.family_config import read_family
-from train.run_folder import STUDENT_NAME
+from train.run_files import STUDENT_NAME
 
 _MODULE = "benchmarks.budget.ways"
 _MEASURES = ("loss_nats", "kl_to_teacher", "agreement", "ece")

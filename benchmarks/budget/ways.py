@@ -23,7 +23,7 @@ from train.budget import is_spent, schedule_step
 from train.config import TrainConfig
 from train.loop import train
 from train.run import step_plan
-from train.run_folder import STUDENT_NAME
+from train.run_files import STUDENT_NAME
 from train.schedule import rate_at
 from train.student import quiet_transformers
 

@@ -37,7 +37,7 @@ from train.config import TrainConfig
 from train.family_config import CONTROL_SETTINGS
 from train.loop import train
 from train.run import first_student, step_plan
-from train.run_folder import read_metrics
+from train.run_files import read_metrics
 
 KL_WEIGHT, CE_WEIGHT = 0.9, 0.1
 # More than any run comes to: what ends it is something else.

@@ -87,7 +87,7 @@ def test_flags_go_on_top_of_a_recipe(tmp_path: Path, teacher: Path, text: Path) 
 
 def test_every_shipped_recipe_is_valid() -> None:
     from train.config import TrainConfig
-    from train.evaluate_config import EvaluateConfig
+    from train.evaluation.config import EvaluateConfig
     from train.family_config import read_family
 
     models: dict[str, Any] = {"cache-teacher": CaptureConfig, "transcode": TranscodeConfig}

@@ -33,13 +33,14 @@ from tests.runs import (
     weights_of,
 )
 from train.batches import READ_AHEAD, MicroBatch, StepPlan, ahead, micro_batches
-from train.checkpoint import CheckpointError, load_latest
+from train.checkpoint import load_latest
 from train.config import TrainConfig
 from train.distiller import Distiller
 from train.loop import train
 from train.memory import out_of_memory_at
 from train.planning import plan
 from train.run import pick_device, pick_precision
+from train.run_files import CheckpointError
 
 transformers_logging: Any = untyped_logging
 

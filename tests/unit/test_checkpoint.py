@@ -17,7 +17,6 @@ from cache_spec.errors import EXIT_BAD_INPUT, EXIT_WOULD_LOSE_DATA, BadInputErro
 from train import checkpoint as under_test
 from train.checkpoint import (
     Checkpoint,
-    CheckpointError,
     Position,
     load_latest,
     publish,
@@ -26,6 +25,7 @@ from train.checkpoint import (
     restore_weights,
     take_snapshot,
 )
+from train.run_files import CheckpointError
 
 SETTINGS: dict[str, Any] = {"learning_rate": 6e-4, "layer_indices": [0, 2], "tail": "bucket"}
 
