@@ -209,7 +209,8 @@ MANUALS: dict[str, Manual] = {
         see_also=("import", "transcode", "push"),
     ),
     "import": Manual(
-        reads="Parquet files, each row a text's token ids and, for every token, lists of kept ids and log-probabilities.",
+        reads="Parquet files, each row a text's token ids and, for every token, lists of kept ids and their"
+        " log-probabilities.",
         writes="A cache that says that it has no normaliser: students of it are trained at temperature 1.",
         examples=(
             Example(

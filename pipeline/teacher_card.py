@@ -31,7 +31,7 @@ def declared(folder: Path) -> dict[str, str | list[str]]:
     found: dict[str, str | list[str]] = {}
     for name in DECLARED:
         value = entries.get(name)
-        if _is_entry(value):
+        if isinstance(value, str) and _is_entry(value):
             found[name] = value
         elif isinstance(value, list) and (parts := [part for part in value if _is_entry(part)]):
             found[name] = parts[:100]

@@ -61,10 +61,21 @@ ROWS: list[tuple[str, int, str]] = [
     (f"{TRAIN} --cache cache --out new --control", 2, "--control needs --students"),
     ("evaluate --text text.jsonl", 2, "--models is required"),
     ("evaluate --models teacher", 2, "give a text"),
+    ("plan", 2, "--teacher is required"),
+    ("plan --teacher gpt2", 2, "--student is required"),
+    ("plan --teacher gpt2 --student 2 --tokens many", 2, "--tokens: Input should be a valid integer"),
+    ("plan --teacher gpt2 --student 2", 2, "^error: usage: "),
+    ("export cache --out new", 2, "--to is required"),
+    ("export cache --to csv --out new", 2, "'csv' is not one of"),
+    ("export cache --to safetensors --k 2 --out new", 2, "k means nothing to safetensors"),
+    ("import --out new --tokenizer teacher", 2, "is required"),
+    ("import --from rows.parquet --out new --tokenizer teacher --shift 2", 2, "'2' is not one of"),
+    ("report", 2, "--out is required"),
+    ("report --out new", 2, "^error: usage: "),
     ("completion", 2, "Missing argument"),
     ("completion cmd", 2, "'cmd' is not one of"),
     # what is not there, or is something else
-    ("demo --out file/below", 3, "cannot-write|not-a-folder"),
+    ("demo --out file/below", 3, "^error: cannot-write: "),
     (f"{CAPTURE} --teacher nobody --text text.jsonl --out new", 3, "^error: unknown-teacher: "),
     (f"{CAPTURE} --teacher no-tokenizer --text text.jsonl --out new", 3, "^error: no-tokenizer: "),
     (f"{CAPTURE} --teacher teacher --text nothing.txt --out new", 3, "^error: unknown-text: "),
@@ -90,15 +101,15 @@ ROWS: list[tuple[str, int, str]] = [
     ("verify nobody", 3, ""),
     ("verify damaged", 3, ""),
     ("verify unfinished --shallow", 3, ""),
-    ("verify s3://", 3, "^error: "),
+    ("verify s3://", 3, ""),
     ("verify cache --deep --teacher nobody", 3, "^error: unknown-teacher: "),
     ("repair nobody", 3, "^error: not-a-cache: "),
     ("repair s3://bucket/name", 3, "^error: not-a-folder: "),
-    ("repair cache --teacher nobody", 3, "^error: unknown-teacher: "),
+    ("repair cut --teacher nobody", 3, "^error: unknown-teacher: "),
     ("push nobody s3://bucket/name", 3, "^error: not-a-cache: "),
     ("push unfinished s3://bucket/name", 3, "^error: unfinished-cache: "),
     ("push cache folder", 3, "^error: "),
-    ("push s3://bucket/a s3://bucket/b", 3, "^error: "),
+    ("push s3://bucket/a s3://bucket/b", 3, "^error: not-a-folder: "),
     ("pull folder new", 3, "^error: "),
     ("inspect nobody", 3, "^error: not-a-cache: "),
     ("inspect damaged", 3, "^error: digest-mismatch: "),
@@ -112,8 +123,23 @@ ROWS: list[tuple[str, int, str]] = [
     ("evaluate --models teacher --text nobody.txt --device cpu", 3, "^error: "),
     ("evaluate --models no-tokenizer --text held-out.txt --device cpu", 3, "^error: "),
     ("evaluate --models teacher --cache unfinished --device cpu", 3, "^error: unfinished-cache: "),
+    ("plan --teacher nobody --student 2 --tokens 1000", 3, "^error: "),
+    ("plan --teacher gpt2 --student 2 --tokens 1000 --device abacus", 3, "^error: "),
+    ("plan --teacher gpt2 --student 2 --tokens 1000 --runs nobody", 3, "^error: "),
+    ("export nobody --to parquet --out new", 3, "^error: not-a-cache: "),
+    ("export unfinished --to parquet --out new", 3, "^error: unfinished-cache: "),
+    ("export cache --to parquet --temperature 3 --out new", 3, "^error: undeclared-temperature: "),
+    ("import --from nobody.parquet --out new --tokenizer teacher", 3, "^error: "),
+    ("import --from text.jsonl --out new --tokenizer teacher", 3, "^error: "),
+    ("import --from rows.parquet --out new --tokenizer nobody", 3, "^error: "),
+    ("report --cache nobody --out new", 3, "^error: not-a-cache: "),
+    ("report --cache damaged --out new", 3, "^error: digest-mismatch: "),
+    ("report --run nobody --out new", 3, "^error: "),
+    ("report --plan text.jsonl --out new", 3, "^error: "),
     # what going on would lose
-    ("demo --out foreign", 4, "^error: not-a-cache: |^error: "),
+    ("export cache --to parquet --out foreign", 4, "^error: "),
+    ("import --from exported --out foreign --tokenizer teacher", 4, "^error: "),
+    ("demo --out foreign", 4, "^error: not-a-demo: "),
     (f"{CAPTURE} --teacher teacher --text text.jsonl --out foreign", 4, "^error: not-a-cache: "),
     (f"{CAPTURE} --teacher teacher --text text.jsonl --out file", 4, "^error: not-a-folder: "),
     (f"{CAPTURE} --teacher teacher --text text.jsonl --out cache --k 5", 4, "^error: "),
@@ -141,11 +167,15 @@ def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         assert cli.run(f"{CAPTURE} --teacher teacher --text text.jsonl --out cache".split()) == 0
-    for name in ("unfinished", "damaged"):
+        assert cli.run(["export", "cache", "--to", "parquet", "--out", "exported"]) == 0
+    for name in ("unfinished", "damaged", "cut"):
         shutil.copytree(folder / "cache", folder / name)
     (folder / "unfinished" / "seal.json").unlink()
+    with next((folder / "cut").glob("*/c.*.0.0")).open("r+b") as shard:
+        shard.truncate(3)
     sealed = folder / "damaged" / "manifest.json"
     sealed.write_bytes(sealed.read_bytes().replace(b'"num_blocks":', b'"num_blocks": '))
+    (folder / "rows.parquet").write_bytes(next((folder / "exported").rglob("*.parquet")).read_bytes())
     (folder / "ids.pickle").write_bytes(pickle.dumps([[1, 2, 3]]))
     (folder / "hostile.pickle").write_bytes(pickle.dumps(shutil.rmtree))
     for name, body in {
