@@ -86,7 +86,7 @@ class ImportConfig(Record):
     kept tokens alone."""
     mass_error: float = Field(default=0.001, ge=0, le=MAX_MASS_ERROR, allow_inf_nan=False)
     """How far a row's sum may be off one, for the values were rounded; a larger error is refused."""
-    shift: Literal[0, 1] = 0
+    shift: int = Field(default=0, ge=0, le=1)
     """0 where row j of the lists tells what follows token j, as axolotl and kdpipe have it; 1 where it tells of token j
     itself, as prompt_logprobs of vLLM."""
     ignore_mask: bool = False
