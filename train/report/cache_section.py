@@ -201,7 +201,7 @@ def _head_mass(facts: dict[str, Any], sample: dict[str, Any], plotter: Plotter |
             figures.append(plotter.lines([line], labels, from_zero=True))
         blocks.append(beside(*figures))
     tables: list[Any] = [
-        Table(caption=f"{title}, mean", headings=("temperature", *(f"K = {k}" for k in some)), rows=rows)
+        Table(caption=f"{title}, mean", headings=("temperature", *(f"K\u00a0=\u00a0{k}" for k in some)), rows=rows)
     ]
     if tail:
         tail_rows = [

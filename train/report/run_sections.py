@@ -14,6 +14,7 @@ from train.report.tables import (
     Note,
     Section,
     Table,
+    as_text,
     count,
     figure,
     hours,
@@ -125,10 +126,12 @@ def _run(run: Mapping[str, Any], plotter: Plotter | None) -> list[Any]:
         ("Cache's fingerprint", words(run["fingerprint"])),
         ("Ended by", words(run["stopped_by"] if run["finished"] else "not yet")),
     ]
-    facts += [(f"student: {name}", words(value)) for name, value in run["student"].items()]
+    student = [(f"student: {name}", words(as_text(value))) for name, value in run["student"].items()]
     settings = [(name, words(value)) for name, value in run["settings"].items()]
     versions = [(name, words(value)) for name, value in run["versions"].items()]
-    folded = Details(summary="Settings and versions", blocks=[FactList(items=[*settings, *versions])])
+    folded = Details(
+        summary="Student, settings and versions", blocks=[FactList(items=[*student, *settings, *versions])]
+    )
     return [*blocks, FactList(items=facts), folded]
 
 
