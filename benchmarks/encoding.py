@@ -62,11 +62,11 @@ class TimedHead(OutputHead):
 def make_encoders(teacher: Teacher, block_tokens: int) -> dict[str, Encoder]:
     """The encoders that are measured; their prototypes are random, which costs the same as learnt ones."""
     info = teacher.info
-    geometry = Geometry(block_tokens, TEMPERATURES, info.vocab_size, info.hidden_size)
+    geometry = Geometry(block_tokens, TEMPERATURES, info.vocab_size, info.width)
     rng = np.random.default_rng(0)
     shared = rng.exponential(size=(len(TEMPERATURES), PROTOTYPES, info.vocab_size))
     tables = {
-        "prototype_classifier": rng.normal(size=(PROTOTYPES, info.hidden_size + 1)).astype(np.float32),
+        "prototype_classifier": rng.normal(size=(PROTOTYPES, info.width + 1)).astype(np.float32),
         "prototypes": encode_prototypes(shared / shared.sum(-1, keepdims=True)),
     }
     return {

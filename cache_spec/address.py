@@ -6,7 +6,7 @@ In: what a user wrote. Out: a path or a URL, and where copies lie and how large 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
@@ -29,6 +29,7 @@ class CopySettings(BaseModel):
     """How caches in a store are read."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+    HEADINGS: ClassVar = {"copy_folder": "Copies of caches in a store"}
 
     copy_folder: Path | None = None
     """Folder of the local copies of caches that are read from a store; default: copies in $KDPIPE_HOME, or else in

@@ -18,7 +18,7 @@ from cache_spec.durable import make_folder, publish_new, replace_file, sync_fold
 from cache_spec.layout import array_specs, zarr_metadata
 from cache_spec.manifest import MANIFEST_NAME, Manifest, sha256_hex
 from cache_spec.receipts import RECEIPTS_FOLDER, FileReceipt, Receipt, read_receipt, receipt_path
-from cache_spec.shardfile import encode_shard
+from cache_spec.shardfile import encode_shard, end_crc32c
 from cache_spec.tables import table_digests, write_tables
 from cache_spec.targets import Array
 
@@ -75,7 +75,10 @@ def pack_shard(manifest: Manifest, shard: int, arrays: Mapping[str, Array]) -> P
         num_blocks=num_blocks,
         tokens_sha256=tokens_digest(arrays["input_ids"]),
         teacher_sha256=manifest.teacher.weights_sha256,
-        files={name: FileReceipt(num_bytes=len(data), sha256=sha256_hex(data)) for name, data in files.items()},
+        files={
+            name: FileReceipt(num_bytes=len(data), end_crc32c=end_crc32c(specs[name], data), sha256=sha256_hex(data))
+            for name, data in files.items()
+        },
     )
     return PackedShard(receipt, files)
 

@@ -124,7 +124,7 @@ def array_specs(manifest: Manifest) -> dict[str, ArraySpec]:
     for part in manifest.encoding.arrays(manifest.geometry):
         add(part.name, part.dims, part.row_shape, part.dtype, part.shuffle, part.compressor, **part.attributes)
     if hidden is not None:
-        width = manifest.teacher.hidden_size
+        width = manifest.teacher.width
         add(
             "hidden",
             ("window", "width"),
@@ -137,9 +137,10 @@ def array_specs(manifest: Manifest) -> dict[str, ArraySpec]:
         )
         if hidden.dtype == "int8":
             add("hidden_scale", ("width",), (width,), np.float32, "bitshuffle", description="of hidden in this block")
-    of_loss = "next-token loss" if manifest.masking is None else "loss on selected tokens"
-    add("block_loss", (), (), np.float32, "shuffle", description=f"teacher's mean {of_loss}", units="nat")
-    add("block_entropy", (), (), np.float32, "shuffle", description="teacher's mean entropy", units="nat")
+    if manifest.imported is None:
+        of_loss = "next-token loss" if manifest.masking is None else "loss on selected tokens"
+        add("block_loss", (), (), np.float32, "shuffle", description=f"teacher's mean {of_loss}", units="nat")
+        add("block_entropy", (), (), np.float32, "shuffle", description="teacher's mean entropy", units="nat")
     for spec in specs.values():
         if spec.chunk_bytes > MAX_CHUNK_BYTES:
             raise CacheError(

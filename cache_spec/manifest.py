@@ -15,6 +15,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, mode
 
 from cache_spec.encodings import Encoding
 from cache_spec.errors import BadInputError, CacheError
+from cache_spec.imported import TEMPERATURE, UNKNOWN_OF_TEACHER, ImportedInfo, refuse_import
 from cache_spec.masking import MIN_BLOCK_TOKENS, MaskingInfo
 from cache_spec.record import Record
 from cache_spec.targets import Geometry
@@ -48,20 +49,25 @@ class TeacherInfo(Record):
     """Hub name or folder name, as the user gave it."""
     revision: str | None
     """Commit of the hub repository; None for a local folder."""
-    model_type: str
-    """Architecture family of the Hugging Face configuration, such as ``gpt2``."""
-    weights_sha256: str = Sha256
-    """Digest of the weight files."""
+    model_type: str | None
+    """Architecture family of the Hugging Face configuration, such as ``gpt2``; None only of imported targets."""
+    weights_sha256: Annotated[str, Sha256] | None
+    """Digest of the weight files; this and what follows of the model is None of imported targets, else never."""
     vocab_size: int = Field(ge=1)
     """V: the real vocabulary; padded rows of the output head are cut off."""
     padded_vocab_size: int = Field(ge=1)
     """Rows of the output head; at least V."""
-    hidden_size: int = Field(ge=1)
+    hidden_size: int | None = Field(ge=1)
     """D: width of the last hidden state."""
-    num_layers: int = Field(ge=1)
-    num_parameters: int = Field(ge=1)
+    num_layers: int | None = Field(ge=1)
+    num_parameters: int | None = Field(ge=1)
     max_positions: int | None = Field(ge=1)
     """Longest block the teacher can read; None where it has no limit."""
+
+    @property
+    def width(self) -> int:
+        """D, or 0 where it is not known, and no hidden states are kept."""
+        return self.hidden_size or 0
 
 
 class TokenizerInfo(Record):
@@ -132,6 +138,15 @@ class ComputeInfo(Record):
     device_type: str
     dtype: str
     batch_blocks: int = Field(ge=1)
+    compiled: bool = False
+    """Whether torch.compile made its kernels; absent where it did not."""
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_absent(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        body: dict[str, Any] = handler(self)
+        if not self.compiled:
+            body.pop("compiled", None)
+        return body
 
 
 class Manifest(Record):
@@ -148,7 +163,10 @@ class Manifest(Record):
     hidden: HiddenInfo | None
     masking: MaskingInfo | None = None
     """Of a masked language model; absent where the teacher predicts the next token."""
-    compute: ComputeInfo
+    imported: ImportedInfo | None = None
+    """Of targets that came as log-probabilities from elsewhere; absent where a teacher ran for the cache."""
+    compute: ComputeInfo | None
+    """None of imported targets, else never."""
     tables: dict[str, Annotated[str, Sha256]]
     """Name to SHA-256 of the values of each array that the encoding stores once: little-endian, in C order."""
     files: dict[str, str]
@@ -180,24 +198,54 @@ class Manifest(Record):
                 raise ValueError("block_tokens leave no room between the tokens that frame a block")
             if self.masking.special_ids[-1] >= teacher.vocab_size:
                 raise ValueError("special_ids are outside the vocabulary")
+        self._check_origin()
         return self
+
+    def _check_origin(self) -> None:
+        """What is known of a teacher that ran for the cache, and what cannot be known of imported targets."""
+        unknown = [name for name in UNKNOWN_OF_TEACHER if getattr(self.teacher, name) is None]
+        unknown += ["compute"] if self.compute is None else []
+        if self.imported is None:
+            if unknown or self.teacher.model_type is None:
+                raise ValueError(f"{[*unknown, 'model_type'][0]} is null, but nothing is imported")
+            return
+        if len(unknown) <= len(UNKNOWN_OF_TEACHER):
+            raise ValueError("imported: weights, sizes and compute of the teacher are not known")
+        if self.encoding.name != "topk" or self.hidden is not None or self.masking is not None:
+            raise ValueError("imported: there is a head for each next token, and nothing else")
+        if self.temperatures != (TEMPERATURE,):
+            raise ValueError("imported: without a normaliser there is no temperature but 1")
 
     @model_serializer(mode="wrap")
     def _without_what_is_absent(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         body: dict[str, Any] = handler(self)
-        if self.masking is None:
-            body.pop("masking", None)
+        for name in ("masking", "imported"):
+            if getattr(self, name) is None:
+                body.pop(name, None)
         return body
 
     @property
     def geometry(self) -> Geometry:
         """What the encoding's shapes follow from."""
-        return Geometry(self.blocks.block_tokens, self.temperatures, self.teacher.vocab_size, self.teacher.hidden_size)
+        return Geometry(self.blocks.block_tokens, self.temperatures, self.teacher.vocab_size, self.teacher.width)
 
     @property
     def fingerprint(self) -> str:
         """SHA-256 over all that changes the cache's bytes."""
         return sha256_hex(canonical_json(self.model_dump(mode="json", exclude=_NOT_CONTENT)))
+
+    @property
+    def run(self) -> ComputeInfo:
+        """How the teacher ran; BadInputError ``imported-cache`` where none ran for the cache."""
+        if self.compute is None:
+            refuse_import(self.imported, f"cache {self.fingerprint[:16]}", "targets that a teacher was run for")
+        assert self.compute is not None
+        return self.compute
+
+    @property
+    def batch_blocks(self) -> int:
+        """Blocks that are made together."""
+        return self.compute.batch_blocks if self.compute else 1
 
     @property
     def num_windows(self) -> int:

@@ -30,7 +30,7 @@ from cache_spec.manifest import Manifest
 from cache_spec.masking import REPLACEMENTS, SELECTED, MaskedText, at_positions, checked_masking, masked_text
 from cache_spec.read_ahead import ReadAhead
 from cache_spec.receipts import Receipt, read_manifest, read_receipt, read_seal, small_file_errors, unfinished
-from cache_spec.shardfile import decode_chunk, decode_index, index_bytes, max_shard_bytes
+from cache_spec.shardfile import decode_chunk, decode_index, end_bytes, end_crc32c, index_bytes, max_shard_bytes
 from cache_spec.store import is_url
 from cache_spec.tables import read_table, table_paths
 from cache_spec.targets import Array, Targets
@@ -67,11 +67,15 @@ class ShardFile:
             self._handle = os.open(self._place, _PLAIN) if opened is None else opened
         except OSError as error:
             raise CacheError("missing-shard", self._place, found=error.strerror) from None
-        found, expected = os.fstat(self._handle).st_size, receipt.files[spec.name].num_bytes
+        known = receipt.files[spec.name]
+        found, expected = os.fstat(self._handle).st_size, known.num_bytes
         if found != expected or not index_bytes(spec) <= found <= max_shard_bytes(spec):
             raise CacheError("truncated-shard", self._place, expected=f"{expected} bytes", found=found)
-        tail = os.pread(self._handle, index_bytes(spec), found - index_bytes(spec))
-        self._ranges = decode_index(spec, tail, found, receipt.num_blocks, self._place)
+        end = os.pread(self._handle, end_bytes(spec), max(0, found - end_bytes(spec)))
+        self._ranges = decode_index(spec, end[-index_bytes(spec) :], found, receipt.num_blocks, self._place)
+        if (other := end_crc32c(spec, end)) != known.end_crc32c:
+            expected_end, found_end = f"an end of CRC-32C {known.end_crc32c:08x}, as its receipt says", f"{other:08x}"
+            raise CacheError("other-shard", self._place, expected=expected_end, found=found_end)
         self._only_chunk: Array | None = None
 
     def __del__(self) -> None:

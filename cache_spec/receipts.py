@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 from pydantic import Field, ValidationError
 
@@ -28,9 +28,11 @@ MOST_UNSEEN_SHARDS = 200_000
 
 
 class FileReceipt(Record):
-    """Size and digest of one shard file."""
+    """Size and digests of one shard file."""
 
     num_bytes: int = Field(ge=1)
+    end_crc32c: int = Field(ge=0, lt=1 << 32)
+    """Of its last chunk's checksum and its index: what a reader compares that does not read the whole file."""
     sha256: str = Sha256
 
 
@@ -43,7 +45,8 @@ class Receipt(Record):
     num_blocks: int = Field(ge=1)
     tokens_sha256: str = Sha256
     """Digest of the shard's ids as little-endian uint32."""
-    teacher_sha256: str = Sha256
+    teacher_sha256: Annotated[str, Sha256] | None
+    """Digest of the teacher's weights, where the manifest has one."""
     files: dict[str, FileReceipt]
     """One entry per array."""
 

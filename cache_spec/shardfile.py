@@ -33,6 +33,20 @@ def index_bytes(spec: ArraySpec) -> int:
     return 16 * spec.chunks_in_shard + _CRC_BYTES
 
 
+def end_bytes(spec: ArraySpec) -> int:
+    """Size of what a receipt binds to its file besides its size: the last chunk's checksum, and the index."""
+    return _CRC_BYTES + index_bytes(spec)
+
+
+def end_crc32c(spec: ArraySpec, data: bytes) -> int:
+    """CRC-32C of the last chunk's checksum and of the index without its own, from a file or from its end.
+
+    Every chunk's size is in it, and what the last one holds: no other shard's file has the same.
+    """
+    # With its own checksum the index would leave no trace: that is what makes any data check.
+    return int(google_crc32c.value(data[-end_bytes(spec) : -_CRC_BYTES]))
+
+
 def max_shard_bytes(spec: ArraySpec) -> int:
     """More than a shard's file can take."""
     return spec.chunks_in_shard * (spec.chunk_bytes + MAX_OVERHEAD_BYTES) + index_bytes(spec)

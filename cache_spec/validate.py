@@ -17,6 +17,7 @@ import numpy as np
 
 from cache_spec.commit import tokens_digest
 from cache_spec.encodings.hidden import checked_scales
+from cache_spec.encodings.topk import EMPTY_TAIL
 from cache_spec.errors import CacheError
 from cache_spec.layout import array_specs, target_arrays, zarr_metadata
 from cache_spec.listing import list_cache
@@ -249,6 +250,9 @@ def _meaning_problems(manifest: Manifest, receipt: Receipt, arrays: dict[str, Ar
     if len(stored) == len(target_arrays(manifest)):
         for error in manifest.encoding.check(stored, geometry, f"{cache} shard {receipt.shard}"):
             yield Problem(error.kind, error.place, error.expected, error.found)
+    has_no_tail = manifest.imported is not None and manifest.imported.logprobs == "renormalised"
+    if has_no_tail and "tail_log_odds" in stored and (stored["tail_log_odds"] != EMPTY_TAIL).any():
+        yield problem("bad-tail-mass", "tail_log_odds", "empty tails of renormalised heads", "others")
 
 
 def _masking_problems(manifest: Manifest, arrays: dict[str, Array], place: str) -> Iterator[Problem]:

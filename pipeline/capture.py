@@ -74,7 +74,13 @@ class Run:
     @cached_property
     def teacher(self) -> Teacher:
         config = self.source.config
-        return load_teacher(self.source.files, device=config.device, dtype=config.dtype, spread=config.spread)
+        return load_teacher(
+            self.source.files,
+            device=config.device,
+            dtype=config.dtype,
+            spread=config.spread,
+            compiled=config.compile,
+        )
 
     def start(self) -> tuple[Manifest, dict[str, bytes], dict[str, Array]]:
         """Manifest, small files and tables of a cache that is begun."""

@@ -24,8 +24,8 @@ by kdpipe, and is a kdpipe cache: `manifest.json` says everything about it.
 
 | | |
 |---|---|
-| teacher | {teacher}: {model_type}, {num_parameters:,} parameters, vocabulary {vocab_size:,} |
-| teacher's weights | SHA-256 {weights} |
+| teacher | {teacher}: {sizes}vocabulary {vocab_size:,} |
+| teacher's weights | {weights} |
 | text | {sources} |
 | size of the text | {num_documents:,} documents, {num_tokens:,} tokens in {num_blocks:,} blocks of {block_tokens:,} |
 | targets | {encoding}; temperatures {temperatures} |
@@ -52,13 +52,14 @@ def dataset_card(manifest: Manifest, num_bytes: int, url: str) -> str:
     teacher, corpus, blocks = manifest.teacher, manifest.corpus, manifest.blocks
     names = [_plain(source.name) for source in corpus.sources[:8]]
     rest = len(corpus.sources) - len(names)
+    known = [] if teacher.model_type is None else [teacher.model_type]
+    known += [] if teacher.num_parameters is None else [f"{teacher.num_parameters:,} parameters"]
     return _CARD.format(
         title=f"What {_plain(teacher.name)} says",
         teacher=_plain(teacher.name) + (f" at {_plain(teacher.revision)}" if teacher.revision else ""),
-        model_type=_plain(teacher.model_type),
-        num_parameters=teacher.num_parameters,
+        sizes="".join(f"{_plain(part)}, " for part in known),
         vocab_size=teacher.vocab_size,
-        weights=teacher.weights_sha256,
+        weights="not known" if teacher.weights_sha256 is None else f"SHA-256 {teacher.weights_sha256}",
         sources=", ".join(names) + (f" and {rest:,} more" if rest else ""),
         num_documents=corpus.num_documents,
         num_tokens=corpus.num_tokens,

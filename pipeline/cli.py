@@ -11,13 +11,16 @@ import os
 import sys
 import warnings
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from cache_spec.errors import EXIT_INTERRUPTED, EXIT_USAGE, KdpipeError
 from pipeline.failures import as_failure
 from pipeline.settings import COMMANDS
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
 
 
 class LazyGroup(click.Group):
@@ -31,6 +34,13 @@ class LazyGroup(click.Group):
             return None
         command: click.Command = getattr(import_module("pipeline.commands"), cmd_name.replace("-", "_"))
         return command
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem[str]]:
+        from click.shell_completion import CompletionItem
+
+        items = [CompletionItem(name, help=line) for name, line in COMMANDS.items() if name.startswith(incomplete)]
+        # Not the group's own, which imports every command.
+        return items + click.Command.shell_complete(self, ctx, incomplete)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -71,8 +81,13 @@ def run(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code; a user's mistake is one line on standard error, never a traceback."""
     try:
         code = cli.main(arguments, prog_name="kdpipe", standalone_mode=False)
-    except click.ClickException as error:
+    except click.exceptions.NoArgsIsHelpError as error:
         error.show()
+        return EXIT_USAGE
+    except click.ClickException as error:
+        name = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "kdpipe"
+        message = " ".join(error.format_message().split()).removesuffix(".")
+        click.echo(f"error: usage: {message}; see {name} --help", err=True)
         return EXIT_USAGE
     except KdpipeError as error:
         if not error.said_elsewhere:

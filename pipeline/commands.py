@@ -14,18 +14,37 @@ import click
 
 from cache_spec.address import CopySettings, as_address
 from cache_spec.errors import EXIT_BAD_INPUT, EXIT_DONE, BadInputError
+from pipeline.completion import SHELLS, files, shell_script
 from pipeline.config import CaptureConfig, TranscodeConfig
 from pipeline.family_command import FamilyOptions, family_options, run_family
+from pipeline.help_page import command
+from pipeline.plan.config import PlanConfig
 from pipeline.settings import emit, flags_of, settings
 from train.config import TrainConfig
-from train.evaluate_config import EvaluateConfig
+from train.evaluation.config import EvaluateConfig
 from train.report.config import ReportConfig
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object and no progress bars.")
 dry_run = click.option("--dry-run", is_flag=True, help="Say what would be done and what it would cost; write nothing.")
 PaperRows = list[dict[str, Any]]
-cache_argument = click.argument("cache", type=as_address)
+cache_argument = click.argument("cache", type=as_address, shell_complete=files)
 copy_options = flags_of(CopySettings, "copy")
+
+
+@command("plan")
+@settings(PlanConfig, "plan")
+@as_json
+def plan(config: PlanConfig, as_json: bool) -> None:
+    """Say what a cache and students from it would cost, before anything is spent.
+
+    By formula, from the models' configs alone; or, with --calibrate, from a probe of the real teacher, students and
+    disk on this machine.
+    """
+    from pipeline.plan_command import lines
+    from pipeline.plan_command import plan as planned
+
+    facts = planned(config)
+    emit(as_json, facts, [] if as_json else lines(facts))
 
 
 def _paper_capture(path: Path, flags: dict[str, Any]) -> tuple[dict[str, Any], PaperRows]:
@@ -36,7 +55,7 @@ def _paper_capture(path: Path, flags: dict[str, Any]) -> tuple[dict[str, Any], P
     return merged(mapped), paper.table(mapped, flags)
 
 
-@click.command("cache-teacher")
+@command("cache-teacher")
 @settings(CaptureConfig, "cache-teacher", paper=_paper_capture)
 @dry_run
 @as_json
@@ -58,7 +77,7 @@ def cache_teacher(config: CaptureConfig, dry_run: bool, as_json: bool, paper: Pa
     emit(as_json, result | mapping, [_made(result)])
 
 
-@click.command("import-pickle")
+@command("import-pickle")
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the imported ids.")
 @click.option("--tokenizer", metavar="TEXT", required=True, help="Tokenizer of the ids: the teacher's folder or name.")
@@ -76,7 +95,7 @@ def import_pickle(file: Path, out: Path, tokenizer: str, as_json: bool) -> None:
     emit(as_json, result, [line])
 
 
-@click.command("transcode")
+@command("transcode")
 @settings(TranscodeConfig, "transcode", argument="cache")
 @dry_run
 @as_json
@@ -97,7 +116,7 @@ def transcode(config: TranscodeConfig, dry_run: bool, as_json: bool) -> None:
     emit(as_json, result, [_made(result)])
 
 
-@click.command()
+@command()
 @cache_argument
 @click.option("--shallow", is_flag=True, help="Look for missing and stray files alone: opens no file of a shard.")
 @click.option("--deep", is_flag=True, help="Also run the teacher again on a few random batches and compare.")
@@ -146,7 +165,7 @@ def verify(
     return EXIT_BAD_INPUT if problems else 0
 
 
-@click.command()
+@command()
 @cache_argument
 @click.option("--teacher", metavar="TEXT", help="Where the teacher lies now.  [default: the cache's name]")
 @click.option("--gguf-file", metavar="TEXT", help="GGUF file inside the teacher's folder.")
@@ -168,7 +187,7 @@ def repair(cache: Path | str, teacher: str | None, gguf_file: str | None, dry_ru
     return EXIT_BAD_INPUT if facts.get("problems") else EXIT_DONE
 
 
-@click.command()
+@command()
 @cache_argument
 @click.argument("url")
 @click.option("--private", is_flag=True, help="Make the dataset on the Hub private, if it is made now.")
@@ -187,7 +206,7 @@ def push(cache: Path, url: str, private: bool, dry_run: bool, as_json: bool) -> 
     emit(as_json, facts, describe_push(facts))
 
 
-@click.command()
+@command()
 @click.argument("url")
 @click.argument("folder", type=click.Path(path_type=Path))
 @as_json
@@ -203,7 +222,7 @@ def pull(url: str, folder: Path, as_json: bool) -> None:
     emit(as_json, facts, describe_pull(facts))
 
 
-@click.command("inspect")
+@command("inspect")
 @cache_argument
 @copy_options
 @as_json
@@ -225,7 +244,7 @@ def _paper_train(path: Path, flags: dict[str, Any]) -> tuple[dict[str, Any], Pap
     return merged(mapped, always=True), paper.table(mapped, flags)
 
 
-@click.command("train-student")
+@command("train-student")
 @settings(TrainConfig, "train-student", paper=_paper_train)
 @family_options
 @dry_run
@@ -263,18 +282,21 @@ def train_student(
     return EXIT_DONE
 
 
-@click.command()
+@command()
 @settings(EvaluateConfig, "evaluate")
 @as_json
 def evaluate(config: EvaluateConfig, as_json: bool) -> None:
-    """Measure models on text and against a cache."""
-    from train.evaluate import evaluate_models, table
+    """Measure models on corpora, on text and against a cache, and how fast they are."""
+    from train.evaluation.evaluate import evaluate_models, report, write_report
+    from train.evaluation.tables import table
 
-    rows = evaluate_models(config, quiet=as_json)
-    emit(as_json, {"models": rows}, table(rows))
+    facts = report(config, evaluate_models(config, quiet=as_json))
+    if config.out is not None:
+        write_report(config.out, facts)
+    emit(as_json, facts, table(facts))
 
 
-@click.command("report")
+@command("report")
 @settings(ReportConfig, "report")
 @as_json
 def report(config: ReportConfig, as_json: bool) -> None:
@@ -288,7 +310,7 @@ def report(config: ReportConfig, as_json: bool) -> None:
     emit(as_json, facts, [f"{facts['out']}: {facts['bytes']:,} bytes"])
 
 
-@click.command()
+@command()
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
@@ -303,6 +325,14 @@ def demo(out: Path, as_json: bool) -> None:
 
     facts, lines = run_demo(out, quiet=as_json)
     emit(as_json, facts, lines)
+
+
+@command("completion")
+@click.argument("shell", type=click.Choice(SHELLS))
+@click.pass_context
+def completion(ctx: click.Context, shell: str) -> None:
+    """Print the script that completes kdpipe in a shell: commands, options, values and paths."""
+    click.echo(shell_script(ctx.find_root().command, shell))
 
 
 def _said(paper: PaperRows | None, as_json: bool) -> dict[str, Any]:

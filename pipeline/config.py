@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -20,6 +20,15 @@ from pipeline.workers_config import WorkersConfig
 
 class CaptureConfig(EncodingConfig, WorkersConfig):
     """What to run the teacher on, and what to keep of it."""
+
+    HEADINGS: ClassVar = {
+        "teacher": "Teacher and text",
+        "block_tokens": "Blocks",
+        "temperatures": "What is kept",
+        "mask_probability": "Masked language models",
+        "hidden_window": "What is kept",
+        "batch_blocks": "Device and speed",
+    }
 
     teacher: str
     """Causal or masked language model: a local folder, a GGUF file or a hub name."""
@@ -75,6 +84,8 @@ class CaptureConfig(EncodingConfig, WorkersConfig):
     """Lay the teacher's layers over all GPUs that its process sees, for one that is larger than a GPU."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type the teacher computes in; auto is bfloat16 on CUDA, float32 elsewhere."""
+    compile: bool = False
+    """Compile the teacher with torch.compile: a slow start, then faster passes, and other last bits: another cache."""
 
     @model_validator(mode="before")
     @classmethod
@@ -126,6 +137,8 @@ class CaptureConfig(EncodingConfig, WorkersConfig):
 
 class TranscodeConfig(EncodingConfig):
     """Which cache to make from a richer one; what is not given is as in that one, or else the default."""
+
+    HEADINGS: ClassVar = {"cache": "Caches", "temperatures": "What is kept", "device": "Device"}
 
     cache: CacheAddress
     """Cache to start from: its folder, or its address in a store."""

@@ -76,8 +76,8 @@ def _shown(arguments: list[str]) -> str:
 def _collect(cache: Path, held_out: Path, students: Path, quiet: bool) -> dict[str, Any]:
     """Evaluate teacher and students on the held-out cache and join that with what training recorded."""
     from pipeline.inspect import inspect_cache
-    from train.evaluate import evaluate_models
-    from train.evaluate_config import EvaluateConfig
+    from train.evaluation.config import EvaluateConfig
+    from train.evaluation.evaluate import evaluate_models
 
     folders = {"teacher": TEACHER, **{name: students / name / "student" for name in STUDENTS}}
     flags = {"models": tuple(map(str, folders.values())), "cache": str(held_out)}

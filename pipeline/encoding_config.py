@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -32,6 +32,7 @@ class EncodingConfig(BaseModel):
     """What to keep of the teacher's distributions and hidden states."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    HEADINGS: ClassVar = {"encoding": "What is kept"}
 
     encoding: EncodingName = DEFAULT_ENCODING
     """How targets are kept: topk (head and tail mass), prototype (topk, and the tail as one of a few shared

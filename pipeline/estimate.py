@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from array import array
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -24,17 +23,16 @@ from cache_spec.reader import CacheReader
 from cache_spec.shardfile import encode_shard, index_bytes
 from cache_spec.targets import Array
 from pipeline.config import CaptureConfig, TranscodeConfig
+from pipeline.counting import count_tokens
 from pipeline.inspect import describe_encoding
 from pipeline.masking import Masker
 from pipeline.shard import batches, encode_blocks, encoder_of
-from pipeline.source import Source, draft_manifest, resolve_source
+from pipeline.source import draft_manifest, resolve_source
 from pipeline.tables import at_temperatures, settled
 from pipeline.teacher import load_teacher
 from pipeline.teacher_files import load_tokenizer
 from pipeline.transcode import Transcoding
 
-_SAMPLE_CHARS = 1 << 20
-_COUNTED_CHARS = 1 << 28
 _CHUNK_FRAME_BYTES = 20
 """Blosc's header and the checksum of a chunk."""
 
@@ -42,11 +40,17 @@ _CHUNK_FRAME_BYTES = 20
 def estimate(config: CaptureConfig) -> dict[str, Any]:
     """Tokens, bytes per token, bytes and hours of a capture; tokens are a lower bound for text beyond 256 MiB."""
     source = resolve_source(config)
-    counted = _count_tokens(source)
-    num_tokens = counted.num_tokens
-    batch_tokens = config.batch_blocks * config.block_tokens
     num_framing = 0 if source.masking is None else 2
     stream_tokens = config.block_tokens - num_framing
+    counted = count_tokens(
+        source.corpus,
+        load_tokenizer(source.files),
+        eos_token_id=source.tokenizer.eos_token_id,
+        limit_tokens=config.limit_tokens,
+        stream_tokens=stream_tokens,
+    )
+    num_tokens = counted.num_tokens
+    batch_tokens = config.batch_blocks * config.block_tokens
     if num_tokens < stream_tokens and config.last_block == "drop":
         raise BadInputError("too-little-text", "text", expected=f"{stream_tokens} tokens", found=num_tokens)
     num_blocks = num_tokens // stream_tokens
@@ -61,7 +65,9 @@ def estimate(config: CaptureConfig) -> dict[str, Any]:
     if source.masking is not None:
         ids_BT[:, 0], ids_BT[:, -1] = source.masking.cls_token_id, source.masking.sep_token_id
     lengths_B = np.full(config.batch_blocks, config.block_tokens, np.uint32)
-    teacher = load_teacher(source.files, device=config.device, dtype=config.dtype, spread=config.spread)
+    teacher = load_teacher(
+        source.files, device=config.device, dtype=config.dtype, spread=config.spread, compiled=config.compile
+    )
     manifest = draft_manifest(replace(source, encoding=settled(source.encoding, teacher.head)), num_blocks=num_blocks)
     encoder = encoder_of(manifest, _stand_ins(manifest, source.prototypes), teacher.device)
     ids_BT = ids_BT.astype(manifest.geometry.id_dtype)
@@ -97,11 +103,7 @@ def _facts(
 ) -> dict[str, Any]:
     """What is told of a cache to be, from the arrays of one batch."""
     blocks, encoding = manifest.blocks, manifest.encoding
-    bytes_per_token = {
-        name: (_block_bytes(spec, arrays[name]) * blocks.num_blocks + _shard_bytes(spec) * blocks.num_shards)
-        / num_tokens
-        for name, spec in array_specs(manifest).items()
-    }
+    bytes_per_token = array_bytes(manifest, arrays, num_tokens)
     table_bytes = {
         table.name: math.prod(table.shape) * np.dtype(table.dtype).itemsize
         for table in encoding.tables(manifest.geometry)
@@ -110,7 +112,7 @@ def _facts(
     passes = num_tokens + (min(num_tokens, getattr(encoding, "calibration_tokens", 0)) if learnt else 0)
     return {
         "teacher": manifest.teacher.model_dump(mode="json"),
-        "compute": manifest.compute.model_dump(mode="json"),
+        "compute": manifest.compute.model_dump(mode="json") if manifest.compute else None,
         "encoding": encoding.model_dump(mode="json"),
         "tokens": num_tokens,
         "tokens_certainty": certainty,
@@ -122,6 +124,16 @@ def _facts(
         "bytes": round(num_tokens * total),
         "tokens_per_s": tokens_per_s,
         "hours": passes / tokens_per_s / 3600,
+    }
+
+
+def array_bytes(manifest: Manifest, arrays: dict[str, Array], num_tokens: int) -> dict[str, float]:
+    """Bytes a token of each array of a cache of ``num_tokens``, by the rows of some of its blocks."""
+    blocks = manifest.blocks
+    return {
+        name: (_block_bytes(spec, arrays[name]) * blocks.num_blocks + _shard_bytes(spec) * blocks.num_shards)
+        / num_tokens
+        for name, spec in array_specs(manifest).items()
     }
 
 
@@ -150,66 +162,6 @@ def _stand_ins(manifest: Manifest, prototypes: CacheReader | None) -> dict[str, 
     classifier, shared = manifest.encoding.tables(manifest.geometry)
     rows = np.random.default_rng(0).normal(size=classifier.shape).astype(classifier.dtype)
     return {classifier.name: rows, shared.name: np.zeros(shared.shape, shared.dtype)}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Counted:
-    """What the text comes to."""
-
-    sample_ids: np.ndarray[Any, Any]
-    num_tokens: int
-    num_blocks_each: int
-    """Blocks, if every document begins one."""
-    certainty: str
-
-
-def _count_tokens(source: Source) -> _Counted:
-    """Count the corpus: of text, a sample's tokens per character stands for all; ids are counted as they are."""
-    config, tokenizer = source.config, load_tokenizer(source.files)
-    ids: list[int] = []
-    given_ids: list[int] = []
-    sampled, counted, num_given = 0, 0, 0
-    chars_of_each, given_of_each = array("q"), array("q")
-    certainty = "estimated from the tokens per character of its first 1 MiB"
-    for document in source.corpus.documents():
-        if isinstance(document, np.ndarray):
-            given_of_each.append(len(document))
-            num_given += len(document)
-            if len(given_ids) < _SAMPLE_CHARS:
-                given_ids += document.tolist()
-        else:
-            before = counted
-            for text in document:
-                counted += len(text)
-                if sampled < _SAMPLE_CHARS:
-                    ids += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-                    sampled += len(text)
-            if sampled < _SAMPLE_CHARS:
-                ids.append(source.tokenizer.eos_token_id)
-            chars_of_each.append(counted - before)
-        found = num_given + (counted * len(ids) / sampled if sampled else 0)
-        if config.limit_tokens is not None and found > config.limit_tokens * 1.1:
-            break
-        if counted > _COUNTED_CHARS or num_given > _COUNTED_CHARS:
-            certainty = "at least: only the first 256 MiB of text were counted"
-            break
-    else:
-        if not sampled:
-            certainty = "as in the ids"
-    ratio = len(ids) / sampled if sampled else 0.0
-    num_tokens = num_given + round(counted * ratio)
-    sizes = np.concatenate([np.asarray(given_of_each, dtype=np.float64), np.asarray(chars_of_each) * ratio])
-    stream_tokens = config.block_tokens - (0 if source.masking is None else 2)
-    num_blocks = float(np.ceil(sizes / stream_tokens).clip(1).sum())
-    if config.limit_tokens is not None and num_tokens >= config.limit_tokens:
-        num_blocks *= config.limit_tokens / num_tokens
-        num_tokens, certainty = config.limit_tokens, "the limit"
-    return _Counted(
-        sample_ids=np.asarray(ids + given_ids),
-        num_tokens=num_tokens,
-        num_blocks_each=max(1, round(num_blocks)),
-        certainty=certainty,
-    )
 
 
 def _block_bytes(spec: ArraySpec, rows: np.ndarray[Any, Any]) -> float:

@@ -13,6 +13,8 @@ from typing import Any
 import click
 
 from cache_spec.errors import EXIT_DONE, EXIT_FAILED
+from pipeline.completion import files, recipes
+from pipeline.help_page import SettingOption
 from pipeline.settings import emit, recipe_path
 from train.config import TrainConfig
 
@@ -41,24 +43,27 @@ def family_options(body: Callable[..., Any]) -> Callable[..., Any]:
         options = FamilyOptions(**{field.name: given.pop(field.name) for field in fields(FamilyOptions)})
         return body(family=options, **given)
 
-    for option in (
-        click.option("--plots/--no-plots", default=None, help="Draw the family's figures.  [default: if it can be]"),
-        click.option(
+    option = functools.partial(click.option, cls=SettingOption, heading="A family of students")
+    for add in (
+        option("--plots/--no-plots", default=None, help="Draw the family's figures.  [default: if it can be]"),
+        option(
             "--evaluate-text",
             multiple=True,
             metavar="TEXT",
+            shell_complete=files,
             help="Text to measure a family on; may be given repeatedly.",
         ),
-        click.option(
+        option(
             "--control", is_flag=True, help="Train each student of a family once more on the text alone, to compare."
         ),
-        click.option(
+        option(
             "--students",
             metavar="FILE",
+            shell_complete=recipes,
             help="Train a family, as this file (YAML, or the name of a shipped one) says; flags are common settings.",
         ),
     ):
-        wrapped = option(wrapped)
+        wrapped = add(wrapped)
     return wrapped
 
 

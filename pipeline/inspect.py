@@ -17,6 +17,7 @@ import numpy as np
 
 from cache_spec.address import CopySettings
 from cache_spec.encodings.topk import Head, decode_odds
+from cache_spec.imported import ImportedInfo
 from cache_spec.layout import array_specs, target_arrays
 from cache_spec.masking import SELECTED, real_positions
 from cache_spec.reader import CacheReader
@@ -44,7 +45,8 @@ def inspect_cache(cache: Path | str, copy: CopySettings | None = None) -> dict[s
     num_tokens, num_predicted, num_kept, loss_nats, entropy_nats = 0, 0, 0, 0.0, 0.0
     tail_mass_M = np.zeros(len(manifest.temperatures))
     has_head, masking = isinstance(encoding, Head), manifest.masking
-    names = ["block_lengths", "block_loss", "block_entropy"]
+    of_teacher = [name for name in ("block_loss", "block_entropy") if name in specs]
+    names = ["block_lengths", *of_teacher]
     names += [*(["tail_log_odds"] if has_head else []), *([] if masking is None else [SELECTED])]
     ahead = reader.read_ahead(names)
     for at, shard in enumerate(shards):
@@ -60,8 +62,9 @@ def inspect_cache(cache: Path | str, copy: CopySettings | None = None) -> dict[s
         num_tokens += int(lengths_B.sum())
         num_predicted += int(predicted_B.sum())
         num_kept += int(kept_BT.sum())
-        loss_nats += float(rows["block_loss"] @ predicted_B)
-        entropy_nats += float(rows["block_entropy"] @ kept_BT.sum(1))
+        if of_teacher:
+            loss_nats += float(rows["block_loss"] @ predicted_B)
+            entropy_nats += float(rows["block_entropy"] @ kept_BT.sum(1))
         if isinstance(encoding, Head):
             odds_BMT = decode_odds(rows["tail_log_odds"], encoding.odds_step_nats).astype(np.float64)
             stored_BT = real_positions(kept_BT.sum(1), kept_BT.shape[1])
@@ -70,7 +73,7 @@ def inspect_cache(cache: Path | str, copy: CopySettings | None = None) -> dict[s
     table_bytes = {part.name: reader.table_bytes(part.name) for part in encoding.tables(manifest.geometry)}
     target_bytes = sum(num_bytes[name] for name in target_arrays(manifest))
     total_bytes = sum(num_bytes.values()) + sum(table_bytes.values())
-    mean_loss = _mean(loss_nats, num_predicted)
+    mean_loss = _mean(loss_nats, num_predicted) if of_teacher else None
     return {
         "cache": reader.place,
         "fingerprint": manifest.fingerprint,
@@ -81,8 +84,9 @@ def inspect_cache(cache: Path | str, copy: CopySettings | None = None) -> dict[s
         "encoding": encoding.model_dump(mode="json"),
         "temperatures": list(manifest.temperatures),
         "hidden": manifest.hidden.model_dump(mode="json") if manifest.hidden else None,
+        "imported": manifest.imported.model_dump(mode="json") if manifest.imported else None,
         "masking": manifest.masking.model_dump(mode="json") if manifest.masking else None,
-        "compute": manifest.compute.model_dump(mode="json"),
+        "compute": manifest.compute.model_dump(mode="json") if manifest.compute else None,
         "provenance": manifest.provenance,
         "shards_done": len(shards),
         "shards_planned": manifest.blocks.num_shards,
@@ -102,7 +106,7 @@ def inspect_cache(cache: Path | str, copy: CopySettings | None = None) -> dict[s
         else {},
         "teacher_loss_nats": mean_loss,
         "teacher_perplexity": _exp(mean_loss),
-        "teacher_entropy_nats": _mean(entropy_nats, num_kept),
+        "teacher_entropy_nats": _mean(entropy_nats, num_kept) if of_teacher else None,
     }
 
 
@@ -122,8 +126,7 @@ def describe(facts: dict[str, Any]) -> list[str]:
     lines = [
         f"cache        {facts['cache']}  ({'finished' if facts['finished'] else 'not finished'})",
         f"fingerprint  {facts['fingerprint'][:16]}",
-        f"teacher      {teacher['name']}: {teacher['model_type']}, {teacher['num_parameters']:,} parameters,"
-        f" vocabulary {teacher['vocab_size']:,}, width {teacher['hidden_size']}",
+        f"teacher      {teacher['name']}: {_sizes(teacher)}vocabulary {teacher['vocab_size']:,}",
         f"text         {len(facts['corpus']['sources'])} source(s), {facts['corpus']['num_documents']:,} documents,"
         f" {facts['corpus']['num_tokens']:,} tokens",
         f"shards       {facts['shards_done']:,} of {facts['shards_planned']:,} done,"
@@ -138,6 +141,12 @@ def describe(facts: dict[str, Any]) -> list[str]:
             f"masking      {masking['probability']:g} of a block's tokens: {masking['mask_share']:g} masked,"
             f" {masking['keep_share']:g} kept, {masking['random_share']:g} random; smoothing {masking['smoothing']:g},"
             f" seed {masking['seed']}; targets of {'these' if masking['positions'] == 'masked' else 'all'}"
+        )
+    if (imported := facts["imported"]) is not None:
+        of_what = "the whole vocabulary" if imported["logprobs"] == "full" else "the kept tokens alone"
+        lines.append(
+            f"imported     log-probabilities of {of_what}, sums right within {imported['mass_error']:g}, no normaliser:"
+            f" temperature 1 and tail {' or '.join(ImportedInfo(**imported).tails)}"
         )
     if "transcoded_from" in facts["provenance"]:
         lines.append(f"made from    cache {facts['provenance']['transcoded_from'][:16]}")
@@ -156,8 +165,18 @@ def describe(facts: dict[str, Any]) -> list[str]:
     loss, perplexity = facts["teacher_loss_nats"], facts["teacher_perplexity"]
     known = [] if loss is None else [f"loss {loss:.4f} nats"]
     known += [] if perplexity is None else [f"perplexity {perplexity:.2f}"]
+    if facts["teacher_entropy_nats"] is None:
+        return lines
     known.append(f"entropy {facts['teacher_entropy_nats']:.4f} nats on this text")
     return [*lines, "teacher      " + ", ".join(known)]
+
+
+def _sizes(teacher: dict[str, Any]) -> str:
+    """Architecture and sizes, as far as they are known."""
+    known = [] if teacher["model_type"] is None else [str(teacher["model_type"])]
+    known += [] if teacher["num_parameters"] is None else [f"{teacher['num_parameters']:,} parameters"]
+    known += [] if teacher["hidden_size"] is None else [f"width {teacher['hidden_size']}"]
+    return "".join(f"{part}, " for part in known)
 
 
 def describe_encoding(encoding: dict[str, Any]) -> str:

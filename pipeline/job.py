@@ -66,6 +66,7 @@ class Job:
     spread: bool
     """Whether the teacher takes all GPUs that a worker sees."""
     dtype: str
+    compiled: bool
     num_threads: int | None
     """CPU threads of one worker; None leaves them as they are."""
     versions: dict[str, str]

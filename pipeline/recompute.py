@@ -18,6 +18,7 @@ from cache_spec.address import CopySettings
 from cache_spec.encodings.hidden import Hidden
 from cache_spec.encodings.topk import Head
 from cache_spec.errors import BadInputError
+from cache_spec.imported import refuse_import
 from cache_spec.layout import array_specs
 from cache_spec.manifest import Manifest
 from cache_spec.masking import REPLACEMENTS, SELECTED
@@ -52,9 +53,10 @@ def compare_with_teacher(
     """
     reader = CacheReader.open(cache, copy)
     manifest = reader.manifest
-    running = load_teacher(teacher_of(manifest, teacher, gguf_file), device="auto", dtype=manifest.compute.dtype)
+    files, compute = teacher_of(manifest, teacher, gguf_file), manifest.run
+    running = load_teacher(files, device="auto", dtype=compute.dtype, compiled=compute.compiled)
     encoder = encoder_of(manifest, {name: reader.table(name) for name in manifest.tables}, running.device)
-    blocks, batch = manifest.blocks, manifest.compute.batch_blocks
+    blocks, batch = manifest.blocks, compute.batch_blocks
     starts = [
         start
         for shard in range(blocks.num_shards)
@@ -62,7 +64,7 @@ def compare_with_teacher(
         for start in range(first, first + count, batch)
     ]
     rng = np.random.default_rng(secrets.randbits(64))
-    limit = TOLERANCE_NATS[manifest.compute.dtype]
+    limit = TOLERANCE_NATS[compute.dtype]
     if TRANSCODED_FROM in manifest.provenance:
         limit = max(limit, TRANSCODED_TOLERANCE_NATS[manifest.provenance.get(TRANSCODED_STATES, "float16")])
     problems = []
@@ -81,6 +83,7 @@ def compare_with_teacher(
 
 def teacher_of(manifest: Manifest, teacher: str | None, gguf_file: str | None) -> TeacherFiles:
     """The files of a cache's teacher, where it lies now; BadInputError ``other-teacher`` for other weights."""
+    refuse_import(manifest.imported, f"cache {manifest.fingerprint[:16]}", "targets that a teacher was run for")
     if teacher is None and manifest.teacher.revision is None:
         hint = "say where the teacher lies with --teacher"
         raise BadInputError("unknown-teacher", manifest.teacher.name, expected="a folder", hint=hint)
@@ -88,7 +91,7 @@ def teacher_of(manifest: Manifest, teacher: str | None, gguf_file: str | None) -
     files = resolve_teacher(name, revision=None if teacher else manifest.teacher.revision, gguf_file=gguf_file)
     info, _ = describe_teacher(files)
     if info.weights_sha256 != manifest.teacher.weights_sha256:
-        expected, found = manifest.teacher.weights_sha256, info.weights_sha256
+        expected, found = str(manifest.teacher.weights_sha256), str(info.weights_sha256)
         raise BadInputError("other-teacher", name, expected=f"weights {expected[:16]}", found=found[:16])
     return files
 

@@ -107,7 +107,7 @@ def _bad_shards(cache: Path, manifest: Manifest, quiet: bool) -> tuple[dict[int,
 def _recompute(
     cache: Path, manifest: Manifest, files: TeacherFiles, shards: dict[int, dict[str, Array]], quiet: bool
 ) -> None:
-    teacher = load_teacher(files, device="auto", dtype=manifest.compute.dtype)
+    teacher = load_teacher(files, device="auto", dtype=manifest.run.dtype, compiled=manifest.run.compiled)
     encoder = encoder_of(manifest, folder.read_tables(cache, manifest), teacher.device)
     for shard, tokens in tqdm(shards.items(), desc="recompute", unit="shard", disable=quiet or None):
         first = manifest.blocks.shard_range(shard)[0]

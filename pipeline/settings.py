@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from cache_spec.errors import BadInputError
+from pipeline.completion import RECIPE_FOLDERS, files, recipes, shipped_recipes
+from pipeline.help_page import OPTIONS, SettingOption
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 # Help lines stand here so that ``kdpipe --help`` imports no command.
 COMMANDS = {
     "demo": "Run the whole pipeline offline on an embedded teacher and text.",
+    "plan": "Say what a cache and students from it would cost, before anything is spent.",
     "cache-teacher": "Run a teacher once over text and keep what students need.",
     "import-pickle": "Convert a pickle of token ids, once, to text of ids.",
     "transcode": "Make a smaller cache from a richer one, without the teacher.",
@@ -33,10 +36,12 @@ COMMANDS = {
     "pull": "Bring a finished cache from a store, or from the Hugging Face Hub.",
     "inspect": "Show what is in a cache and what it costs.",
     "train-student": "Train a student from a cache, without the teacher.",
-    "evaluate": "Measure models on text and against a cache.",
+    "evaluate": "Measure models on corpora, on text and against a cache, and how fast they are.",
     "report": "Make one HTML page about a cache, runs, students, evaluations and a plan.",
+    "completion": "Print the script that completes kdpipe in a shell.",
 }
-RECIPE_FOLDERS = (Path(__file__).parent / "recipes", Path(__file__).parent.parent / "recipes")
+# Settings of plain text that name a file or a folder as well as something else.
+_NAMES_OF_FILES = {"teacher", "text", "models", "checkpoint", "gguf_file", "scheduler"}
 
 
 Config = TypeVar("Config", bound="BaseModel")
@@ -70,13 +75,15 @@ def settings(
         wrapped.__name__ = body.__name__
         wrapped.__click_params__ = list(getattr(body, "__click_params__", []))  # type: ignore[attr-defined]
         for name in reversed(_names(model)):
-            option = click.argument(name, required=False) if name == argument else _option(model, name)
+            option = (
+                click.argument(name, required=False, shell_complete=files) if name == argument else _option(model, name)
+            )
             wrapped = option(wrapped)
         if paper is not None:
             help_text = "Hyper-parameters of a published recipe (JSON), key for key; flags go on top."
-            wrapped = click.option("--paper-config", metavar="FILE", help=help_text)(wrapped)
+            wrapped = click.option("--paper-config", metavar="FILE", help=help_text, shell_complete=files)(wrapped)
         help_text = "Recipe (YAML); flags go on top. A file, or the name of a shipped recipe."
-        return click.option("--config", "recipe", metavar="RECIPE", help=help_text)(wrapped)
+        return click.option("--config", "recipe", metavar="RECIPE", help=help_text, shell_complete=recipes)(wrapped)
 
     return decorate
 
@@ -122,7 +129,8 @@ def build(
         if recipe and (name in values or not name) and name not in flags:
             place = f"{recipe}: {section}" + (f": {name}" if name else "")
             raise BadInputError("bad-recipe", place, found=message) from None
-        flag = f"--{name.replace('_', '-')}: " if name else ""
+        colon = "" if first["type"] == "missing" else ":"
+        flag = f"--{name.replace('_', '-')}{colon} " if name else ""
         raise click.UsageError(f"{flag}{message}") from None
 
 
@@ -150,14 +158,14 @@ def recipe_path(name: str) -> Path:
     candidates = [Path(name).expanduser(), *(folder / f"{name}.yaml" for folder in RECIPE_FOLDERS)]
     path = next((p for p in candidates if os.path.isfile(p)), None)  # a name too long for a file is none
     if path is None:
-        shipped = sorted({p.stem for folder in RECIPE_FOLDERS for p in folder.glob("*.yaml")})
-        raise BadInputError("unknown-recipe", name, expected="a YAML file or one of " + ", ".join(shipped))
+        raise BadInputError("unknown-recipe", name, expected="a YAML file or one of " + ", ".join(shipped_recipes()))
     return path
 
 
 def _names(model: type[BaseModel]) -> list[str]:
-    """The settings of a command: what must be given comes first."""
-    return sorted(model.model_fields, key=lambda name: not model.model_fields[name].is_required())
+    """The settings of a command: what must be given comes first, and a class's own before those it shares."""
+    shared = {name for part in model.__mro__[1:] for name in getattr(part, "model_fields", {})}
+    return sorted(model.model_fields, key=lambda name: (not model.model_fields[name].is_required(), name in shared))
 
 
 def _option(model: type[BaseModel], name: str) -> Callable[..., Any]:
@@ -169,14 +177,35 @@ def _option(model: type[BaseModel], name: str) -> Callable[..., Any]:
         shown = ",".join(str(part) for part in default) if isinstance(default, tuple) else default
         help_text += f"  [default: {shown}]"
     kind = _inner(field.annotation)
+    option = functools.partial(
+        click.option, cls=SettingOption, heading=heading(model, name), needed=field.is_required(), help=help_text
+    )
     if kind is bool:
-        return click.option(f"{flag}/--no-{flag[2:]}", name, default=None, help=help_text)
+        return option(f"{flag}/--no-{flag[2:]}", name, default=None)
     if typing.get_origin(kind) is typing.Literal:
-        return click.option(flag, name, type=click.Choice([str(c) for c in typing.get_args(kind)]), help=help_text)
+        return option(flag, name, type=click.Choice([str(c) for c in typing.get_args(kind)]))
+    complete = files if name in _NAMES_OF_FILES or _holds_path(field.annotation) else None
     if typing.get_origin(kind) is tuple and typing.get_args(kind)[0] in (str, Path):
-        return click.option(flag, name, multiple=True, help=help_text, metavar="TEXT")
+        return option(flag, name, multiple=True, metavar="TEXT", shell_complete=complete)
     metavar = {int: "N", float: "X", str: "TEXT", Path: "PATH"}.get(kind, "N,N,..." if _is_tuple(kind) else "JSON")
-    return click.option(flag, name, metavar=metavar, help=help_text)
+    return option(flag, name, metavar=metavar, shell_complete=complete)
+
+
+def heading(model: type[BaseModel], name: str) -> str:
+    """The topic of a setting: each class of a model may say, as ``HEADINGS``, at which of its fields one begins."""
+    begins = {
+        field: topic for part in reversed(model.__mro__) for field, topic in vars(part).get("HEADINGS", {}).items()
+    }
+    topic = OPTIONS
+    for field in model.model_fields:
+        topic = begins.get(field, topic)
+        if field == name:
+            break
+    return topic
+
+
+def _holds_path(annotation: Any) -> bool:
+    return annotation is Path or any(_holds_path(part) for part in typing.get_args(annotation))
 
 
 def _inner(annotation: Any) -> Any:

@@ -118,7 +118,7 @@ def masker_of(manifest: Manifest, staged: StagedBlocks) -> Masker | None:
 def batches(manifest: Manifest, shard: int) -> list[tuple[int, int]]:
     """First block and number of blocks of each batch of a shard."""
     first, count = manifest.blocks.shard_range(shard)
-    size = manifest.compute.batch_blocks
+    size = manifest.batch_blocks
     return [(start, min(size, first + count - start)) for start in range(first, first + count, size)]
 
 
@@ -143,7 +143,7 @@ def encode_blocks(
 
 def read_blocks(manifest: Manifest, teacher: Teacher, ids_BT: Array, lengths_B: Array, masks: Masks | None) -> States:
     """What the teacher makes of at most one batch of blocks, in the static batch shape."""
-    size = manifest.compute.batch_blocks
+    size = manifest.batch_blocks
     masked = _masked(manifest, ids_BT, lengths_B, masks)
     return teacher.states(padded(ids_BT if masked is None else masked.read_ids_BT, size), padded(lengths_B, size))
 

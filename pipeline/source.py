@@ -84,7 +84,7 @@ def resolve_source(config: CaptureConfig) -> Source:
     if prototypes is not None:
         assert isinstance(record, Prototype)
         refuse_other_prototypes(prototypes, teacher, record, config.temperatures)
-    geometry = Geometry(config.block_tokens, config.temperatures, teacher.vocab_size, teacher.hidden_size)
+    geometry = Geometry(config.block_tokens, config.temperatures, teacher.vocab_size, teacher.width)
     if reason := record.refuse(geometry):
         raise BadInputError("bad-encoding", f"encoding {config.encoding}", found=reason)
     corpus = resolve(config.text, text_field=config.text_field, split=config.split)
@@ -95,7 +95,9 @@ def resolve_source(config: CaptureConfig) -> Source:
         teacher=teacher,
         tokenizer=tokenizer,
         corpus=corpus,
-        compute=ComputeInfo(device_type=device.type, dtype=dtype, batch_blocks=config.batch_blocks),
+        compute=ComputeInfo(
+            device_type=device.type, dtype=dtype, batch_blocks=config.batch_blocks, compiled=config.compile
+        ),
         encoding=record,
         prototypes=prototypes,
         masking=masking,
@@ -219,7 +221,7 @@ def staged_manifest(source: Source, staged: StagedBlocks, encoding: Encoding) ->
 
 def _manifest(source: Source, corpus: CorpusInfo, num_blocks: int, encoding: Encoding) -> Manifest:
     config = source.config
-    geometry = Geometry(config.block_tokens, config.temperatures, source.teacher.vocab_size, source.teacher.hidden_size)
+    geometry = Geometry(config.block_tokens, config.temperatures, source.teacher.vocab_size, source.teacher.width)
     return Manifest(
         **_content(source, corpus, num_blocks, encoding),
         tables=draft_digests(encoding.tables(geometry)),

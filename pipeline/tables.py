@@ -43,7 +43,7 @@ def refuse_other_prototypes(
     """BadInputError ``other-prototypes`` unless its prototypes are those of this teacher, k and temperatures."""
     theirs, place = reader.manifest, f"prototypes of {reader.path}"
     if theirs.teacher.weights_sha256 != teacher.weights_sha256:
-        expected, found = teacher.weights_sha256[:16], theirs.teacher.weights_sha256[:16]
+        expected, found = str(teacher.weights_sha256)[:16], str(theirs.teacher.weights_sha256)[:16]
         raise BadInputError("other-prototypes", place, expected=f"teacher {expected}", found=found)
     assert isinstance(theirs.encoding, Prototype)
     if theirs.encoding.k != encoding.k:
@@ -72,7 +72,7 @@ def make_tables(
     sample = _sample(manifest, manifest.encoding)
 
     def batches() -> Iterator[tuple[torch.Tensor, Array]]:
-        size = manifest.compute.batch_blocks
+        size = manifest.batch_blocks
         for first in range(0, len(sample), size):
             yield hidden_of(sample[first : first + size])
 

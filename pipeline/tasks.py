@@ -123,7 +123,9 @@ def _teacher(job: Job, worker: Any) -> Teacher:
                 found=f"{files.weights_sha256[:16]} in {files.folder}",
             )
         try:
-            _teachers[key] = load_teacher(files, device=device, dtype=job.dtype, spread=job.spread)
+            _teachers[key] = load_teacher(
+                files, device=device, dtype=job.dtype, spread=job.spread, compiled=job.compiled
+            )
         except BadInputError as error:
             where = f"{worker_place(worker)}: {error.place}"
             raise BadInputError(

@@ -19,6 +19,7 @@ from torch import nn
 from cache_spec.errors import BadInputError
 from cache_spec.failures import first_line, is_out_of_memory
 from cache_spec.manifest import TeacherInfo, TokenizerInfo
+from pipeline.compiled import COMPILE_BACKEND, compiling
 from pipeline.teacher_files import (
     TeacherFiles,
     describe_model,
@@ -94,6 +95,8 @@ class Teacher:
     dtype: torch.dtype
     is_masked_lm: bool
     """Whether it reads both ways; its ``model`` then has no output head of its own any more."""
+    compiled: bool = False
+    """Whether ``torch.compile`` makes its kernels, when it is first called."""
 
     @property
     def dtype_name(self) -> str:
@@ -109,7 +112,11 @@ class Teacher:
 
     @torch.inference_mode()
     def states(self, read_ids_BT: np.ndarray[Any, Any], lengths_B: np.ndarray[Any, Any]) -> States:
-        """What comes of blocks of ``lengths_B`` real tokens, as the teacher reads them."""
+        """What comes of blocks of ``lengths_B`` real tokens, as it reads them; KdpipeError ``cannot-compile``."""
+        with compiling(self.compiled, f"teacher {self.info.name}"):
+            return self._states(read_ids_BT, lengths_B)
+
+    def _states(self, read_ids_BT: np.ndarray[Any, Any], lengths_B: np.ndarray[Any, Any]) -> States:
         if not self.is_masked_lm:
             # What lies behind a token changes nothing.
             hidden_BTD = self.hidden(read_ids_BT)
@@ -132,12 +139,14 @@ def load_teacher(
     dtype: str = "auto",
     attention: str | None = None,
     spread: bool = False,
+    compiled: bool = False,
 ) -> Teacher:
     """Load a teacher's weights and prove on a short input that its logits are its last hidden state times its head.
 
     ``device``: auto (CUDA, then MPS, then CPU), cpu, cuda, cuda:N or mps. ``dtype``: auto (bfloat16 on CUDA that has
     it, else float32), float32, bfloat16 or float16. ``attention``: a transformers attention implementation, None for
-    its default. ``spread`` lays its layers over all GPUs that this process sees, one after the other. Raises what
+    its default. ``spread`` lays its layers over all GPUs that this process sees, one after the other. ``compiled``: its
+    base model is compiled when it is first called. Raises what
     ``describe_teacher`` raises, and BadInputError ``no-such-device``, ``no-such-dtype``, ``broken-weights``,
     ``incomplete-weights``, ``other-shape``, ``unsupported-head``, ``teacher-too-large``.
     """
@@ -194,6 +203,7 @@ def load_teacher(
         device=head.weight_VD.device,
         dtype=torch_dtype,
         is_masked_lm=is_masked_lm(config),
+        compiled=compiled,
     )
     if teacher.is_masked_lm:
         _check_masked_head(teacher)
@@ -201,6 +211,9 @@ def load_teacher(
     else:
         _check_reads_left_to_right(teacher)
         _check_head(teacher)
+    if compiled:
+        # After the checks, whose short inputs would be compiled for. Captures have one shape.
+        model.base_model.compile(backend=COMPILE_BACKEND, dynamic=False)
     return teacher
 
 

@@ -24,6 +24,7 @@ from cache_spec.encodings.hidden import Hidden, encode_int8
 from cache_spec.encodings.prototype import Prototype, encode_ranks, encode_residual, token_order
 from cache_spec.encodings.topk import EMPTY_TAIL, Head, TopK, encode_gaps, encode_odds
 from cache_spec.errors import BadInputError, WouldLoseDataError
+from cache_spec.imported import refuse_import
 from cache_spec.manifest import HiddenInfo, Manifest, differences
 from cache_spec.masking import REPLACEMENTS, SELECTED
 from cache_spec.reader import CacheReader
@@ -127,7 +128,7 @@ class Transcoding:
         if from_hidden:
             if self._encoder is None:
                 self._encoder = encoder_of(self.manifest, tables, self.device)
-            hidden_BTD = padded(self.hidden(blocks), self.manifest.compute.batch_blocks)
+            hidden_BTD = padded(self.hidden(blocks), self.manifest.batch_blocks)
             states_BTD = torch.from_numpy(hidden_BTD).to(self.device)
             arrays = encode_hidden(
                 self.manifest,
@@ -148,7 +149,7 @@ class Transcoding:
         if pooled is not None and _widens(self.source.hidden, pooled):
             arrays |= self._pooled(blocks, lengths_B, pooled)
         # What the teacher read, and said of it, does not depend on what is kept of it.
-        same = ["block_loss", "block_entropy", *([] if self.source.masking is None else [SELECTED, REPLACEMENTS])]
+        same = [name for name in ("block_loss", "block_entropy", SELECTED, REPLACEMENTS) if name in self.reader.specs]
         return arrays | {name: self.reader.read(name, blocks) for name in same}
 
     def masks(self, blocks: Sequence[int]) -> Masks | None:
@@ -274,6 +275,9 @@ def _manifest(config: TranscodeConfig, source: Manifest, prototypes: CacheReader
         raise _refusal(config.cache, f"{old.name} to {name}", needed or _FROM_HIDDEN)
     if isinstance(record, Prototype) and prototypes is not None:
         refuse_other_prototypes(prototypes, source.teacher, record, temperatures)
+    if source.imported is not None and source.imported.logprobs == "renormalised" and record != old:
+        # A smaller head would leave a mass outside it that is not the teacher's.
+        refuse_import(source.imported, f"{config.cache}: {old.name} to {name}", "log-probabilities of all tokens")
     geometry = source.geometry._replace(temperatures=temperatures)
     if reason := record.refuse(geometry):
         raise BadInputError("bad-encoding", f"encoding {name}", found=reason)

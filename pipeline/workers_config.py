@@ -6,7 +6,7 @@ In: values from flags and recipes. Out: checked fields of ``CaptureConfig``; non
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Self
+from typing import ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -18,6 +18,7 @@ class WorkersConfig(BaseModel):
     """Who makes the shards, and how much of their trouble is put up with."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    HEADINGS: ClassVar = {"workers": "Workers and clusters"}
 
     workers: int = Field(default=0, ge=0)
     """Worker processes on this machine; 0 runs in this process."""

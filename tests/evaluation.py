@@ -5,6 +5,7 @@ In: a folder and sizes. Out: a saved model, a finished cache of a random teacher
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ from transformers import PreTrainedTokenizerFast
 from cache_spec.reader import CacheReader
 from tests.models import make_model
 from tests.synthetic import make_manifest, make_rows, write_cache
-from train.evaluate import evaluate_models
-from train.evaluate_config import EvaluateConfig
+from train.evaluation.config import EvaluateConfig
+from train.evaluation.evaluate import evaluate_models
 
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 WORDS = [*BYTES, "<eos>", "th", "the", "Ġthe"]
@@ -73,3 +74,26 @@ def naive_logprobs(model: Any, ids: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         logits: torch.Tensor = model.double()(input_ids=ids.long()[None]).logits[0, :, :V]
     return logits.log_softmax(dim=-1)
+
+
+WIKITEXT = """ \n = The Cat = \n \n The cat sat on the " mat " , the end @-@ of ( the ) tale . \n the the café \n \n
+ = = Later = = \n \n the end , the mat . \n \n = Naïve = \n \n the naïve 猫 's tale , the end . \n the mat \n"""
+PTB = " the cat does n't sit <unk> mat \n it cost $ N the end \n"
+ENWIK8 = "<page>\n  <title>the</title> [[naïve]] the 猫 '''the''' end\n</page>\n" * 3
+LAMBADA = ["the cat sat on the mat the end of the tale", "the naïve café the the the", "the end of the cat"]
+COMMON_GEN = [
+    {"concept_set_id": 0, "concepts": ["cat", "mat"], "target": "the cat sat on the mat ."},
+    {"concept_set_id": 0, "concepts": ["cat", "mat"], "target": "the mat the cat"},
+    {"concept_set_id": 1, "concepts": ["café", "end"], "target": "the end of the café ."},
+]
+
+
+def write_corpora(folder: Path) -> tuple[str, ...]:
+    """A small file of each corpus's form, as ``--corpus`` names them, in the order of ``CORPORA``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows: dict[str, list[dict[str, Any]]] = {"lambada": [{"text": text} for text in LAMBADA], "common_gen": COMMON_GEN}
+    texts = {"wikitext103": WIKITEXT, "ptb": PTB, "enwik8": ENWIK8}
+    texts |= {name: "".join(json.dumps(row) + "\n" for row in of) for name, of in rows.items()}
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    return tuple(f"{name}={folder / name}" for name in texts)

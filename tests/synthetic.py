@@ -15,6 +15,7 @@ from cache_spec.encodings.prototype import Prototype
 from cache_spec.encodings.sampled import Sampled
 from cache_spec.encodings.sparsified import Sparsified
 from cache_spec.encodings.topk import TopK
+from cache_spec.imported import ImportedInfo
 from cache_spec.manifest import (
     BlocksInfo,
     ComputeInfo,
@@ -60,20 +61,22 @@ def make_manifest(
     num_layers: int = 2,
     weights_sha256: str = "1" * 64,
     masking: MaskingInfo | None = None,
+    imported: ImportedInfo | None = None,
 ) -> Manifest:
     """A consistent manifest of a made-up teacher; ``encoding`` is ``topk`` of ``k`` where none is given."""
     encoding = encoding or TopK(k=k)
+    ran = imported is None
     return Manifest(
         teacher=TeacherInfo(
             name=teacher_name,
             revision=None,
-            model_type=model_type,
-            weights_sha256=weights_sha256,
+            model_type=model_type if ran else None,
+            weights_sha256=weights_sha256 if ran else None,
             vocab_size=vocab_size,
             padded_vocab_size=padded_vocab_size or vocab_size,
-            hidden_size=hidden_size,
-            num_layers=num_layers,
-            num_parameters=1000,
+            hidden_size=hidden_size if ran else None,
+            num_layers=num_layers if ran else None,
+            num_parameters=1000 if ran else None,
             max_positions=1024,
         ),
         tokenizer=TokenizerInfo(sha256="2" * 64, eos_token_id=0),
@@ -95,7 +98,8 @@ def make_manifest(
         temperatures=temperatures,
         hidden=HiddenInfo(window=window, dtype=hidden_dtype) if window else None,  # type: ignore[arg-type]
         masking=masking,
-        compute=ComputeInfo(device_type="cpu", dtype="float32", batch_blocks=2),
+        imported=imported,
+        compute=ComputeInfo(device_type="cpu", dtype="float32", batch_blocks=2) if ran else None,
         tables=draft_digests(encoding.tables(Geometry(block_tokens, temperatures, vocab_size, hidden_size))),
         files={},
         provenance={"kdpipe": "test"},

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
@@ -51,6 +51,16 @@ class TrainConfig(CopySettings):
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, validate_default=True
     )
+
+    HEADINGS: ClassVar = {
+        "cache": "Cache and run",
+        "student": "The student",
+        "temperature": "The loss",
+        "epochs": "Length and order",
+        "learning_rate": "The optimizer",
+        "seed": "Device and speed",
+        "evaluate_cache": "Measuring and logging",
+    }
 
     cache: CacheAddress
     """Finished cache to learn from: its folder, or its address in a store, as s3://BUCKET/NAME."""

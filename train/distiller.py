@@ -157,7 +157,7 @@ class Distiller(nn.Module):
         return cls(
             student,
             targets=TeacherTargets.of_cache(reader, temperature=temperature, tail=tail, divergence=divergence),
-            teacher_width=manifest.teacher.hidden_size,
+            teacher_width=manifest.teacher.width,
             weights=weights,
             window=manifest.hidden.window if manifest.hidden else None,
             centre_hidden=centre_hidden,

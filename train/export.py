@@ -196,12 +196,13 @@ def model_card(manifest: Manifest, card: Mapping[str, object], architecture: str
     revision = f" at {teacher.revision}" if teacher.revision else ""
     rows: dict[str, object] = {
         "teacher": f"{public_name(teacher.name)}{revision}",
-        "teacher parameters": teacher.num_parameters,
+        "teacher parameters": teacher.num_parameters or "not known",
         "student": architecture,
         "student parameters": num_parameters,
         "cache fingerprint": manifest.fingerprint,
         "encoding": [encoding.name, encoding.model_dump(mode="json", exclude={"name"})],
         "temperatures in the cache": list(manifest.temperatures),
+        **({} if manifest.imported is None else {"imported log-probabilities": manifest.imported.logprobs}),
         **({} if manifest.masking is None else {"masking": manifest.masking.model_dump(mode="json")}),
         "pooled hidden states": f"means of {hidden.window} tokens" if hidden else "none",
         "tokens in the cache": manifest.corpus.num_tokens,

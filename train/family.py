@@ -23,8 +23,12 @@ from cache_spec.durable import replace_file
 from cache_spec.errors import BadInputError, KdpipeError, WouldLoseDataError
 from cache_spec.failures import first_line
 from cache_spec.reader import CacheReader
-from train.evaluate import evaluate_models
-from train.evaluate_config import EvaluateConfig
+from train.evaluation.config import EvaluateConfig
+from train.evaluation.corpora import read_corpus
+from train.evaluation.evaluate import evaluate_models
+from train.evaluation.scorer import pick_dtype
+from train.evaluation.speed import measure_speeds
+from train.evaluation.text import read_text
 from train.family_config import Family, FamilyStudent
 from train.family_plots import draw_family, require_matplotlib
 from train.family_report import report_csv, report_markdown
@@ -34,8 +38,6 @@ from train.ranks import ranks_of_environment
 from train.run import first_student, loss_weights, pick_device, pick_precision, run_identity
 from train.run_files import FAMILY_NAME, RUN_NAME, STUDENT_NAME
 from train.run_folder import finished_result, goes_on, locked, refuse_foreign
-from train.scorer import pick_dtype
-from train.speed import measure_speeds
 
 logger = logging.getLogger("kdpipe")
 
@@ -109,6 +111,10 @@ def check_family(family: Family) -> None:
         gc.collect()
     if family.evaluate is not None:
         pick_device(family.evaluate.device)
+        for name in family.evaluate.text:
+            read_text(Path(name).expanduser(), family.evaluate.limit_bytes)
+        for given in family.evaluate.corpus:
+            read_corpus(given)
         if family.evaluate.cache is not None:
             reader = CacheReader.open(family.evaluate.cache, family.evaluate)
             reader.manifest.temperature_index(family.evaluate.temperature)
@@ -189,7 +195,9 @@ def _dtype_name(family: Family) -> str:
 def _what_is_measured_on(settings: EvaluateConfig) -> dict[str, Any]:
     """Settings, and the state of the files that they name: a figure holds for these alone."""
     cache = None if settings.cache is None else CacheReader.open(settings.cache, settings).manifest.fingerprint
-    files = [os.stat(Path(name).expanduser()) for name in settings.text if Path(name).expanduser().is_file()]
+    named = [*settings.text, *(given.partition("=")[2] for given in settings.corpus)]
+    paths = [Path(name).expanduser() for name in named if name]
+    files = [os.stat(path) for path in paths if path.is_file()]
     return {
         "settings": settings.model_dump(mode="json", exclude={"models"}),
         "cache": cache,

@@ -23,11 +23,13 @@ from pydantic import BaseModel, ValidationError
 from cache_spec.address import CopySettings
 from cache_spec.errors import BadInputError
 from train.config import TrainConfig
-from train.evaluate_config import EvaluateConfig
-from train.speed import SpeedConfig
+from train.evaluation.config import EvaluateConfig
+from train.evaluation.speed import SpeedConfig
 
 _SECTIONS = ("common", "students", "control", "evaluate", "speed")
 _OF_THE_FAMILY = ("cache", "out")
+_OF_ONE_EVALUATION = ("models", "out", "speed", "prompt_tokens", "new_tokens", "rounds")
+"""What the family has settings or files of its own for."""
 Model = TypeVar("Model", bound=BaseModel)
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _OF_THE_LOSS = ("kl_schedule", "ce_schedule", "hidden_schedule", "divergence", "js_beta", "hidden_centre")
@@ -156,7 +158,7 @@ def _settings(given: object, model: type[BaseModel], place: str) -> dict[str, An
     settings = {str(key).replace("-", "_"): value for key, value in given.items()}
     if len(settings) < len(given):
         raise BadInputError("bad-students", place, expected="each setting once")
-    known = [name for name in model.model_fields if name != "models"]
+    known = [name for name in model.model_fields if not (model is EvaluateConfig and name in _OF_ONE_EVALUATION)]
     for key in settings:
         if model is TrainConfig and key in _OF_THE_FAMILY:
             hint = f"one {key} serves the whole family: give --{key}"

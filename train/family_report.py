@@ -1,7 +1,7 @@
 """One table of a family: what ``family.json`` says comes in, lines for people, CSV or Markdown go out.
 
-The first measured thing, the held-out cache or else the first text, gives loss, perplexity and calibration error; other
-texts add their perplexities.
+The first measured thing, the held-out cache or else the first text or corpus, gives loss, perplexity and calibration
+error; other texts add their perplexities, and each corpus the figure that it is known by.
 """
 
 from __future__ import annotations
@@ -13,6 +13,13 @@ from pathlib import Path
 from typing import Any
 
 Row = Mapping[str, Any]
+_OF_CORPORA = {
+    "wikitext103": ("word perplexity", "word_perplexity"),
+    "ptb": ("word perplexity", "word_perplexity"),
+    "enwik8": ("bits/byte", "bits_per_byte"),
+    "lambada": ("accuracy", "accuracy"),
+}
+"""What a family is compared by on a corpus, heading and figure; on others by perplexity."""
 
 
 def table_lines(report: Mapping[str, Any]) -> list[str]:
@@ -67,7 +74,8 @@ def figures_of(row: Row) -> dict[str, Any]:
     evaluation = row["evaluation"] or {}
     cache = evaluation.get("cache") or {}
     texts = evaluation.get("texts") or []
-    first = cache or (texts[0] if texts else {})
+    corpora = evaluation.get("corpora") or []
+    first = cache or next(iter([*texts, *corpora]), {})
     speed = row["speed"] or {}
     return {
         "parameters": row["parameters"],
@@ -93,6 +101,9 @@ def _columns(report: Mapping[str, Any]) -> dict[str, tuple[Callable[[Row], Any],
     def of_text(number: int) -> Callable[[Row], Any]:
         return lambda row: row["evaluation"]["texts"][number]["perplexity"] if row["evaluation"] else None
 
+    def of_corpus(number: int, key: str) -> Callable[[Row], Any]:
+        return lambda row: row["evaluation"]["corpora"][number][key] if row["evaluation"] else None
+
     names = {
         "parameters": ("parameters", "{:,}"),
         "loss": ("loss", "{:.4f}"),
@@ -110,6 +121,10 @@ def _columns(report: Mapping[str, Any]) -> dict[str, tuple[Callable[[Row], Any],
         heading: (figure(name), form.format) for heading, (name, form) in names.items()
     }
     evaluate = report["evaluate"] or {}
+    for number, given in enumerate(evaluate.get("corpus") or []):
+        name = given.partition("=")[0]
+        heading, key = _OF_CORPORA.get(name, ("perplexity", "perplexity"))
+        columns[f"{name} {heading}"] = (of_corpus(number, key), "{:,.3f}".format)
     others = list(evaluate.get("text") or [])
     for number, text in enumerate(others):
         if number or evaluate.get("cache"):

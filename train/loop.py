@@ -16,8 +16,8 @@ from train.batches import ahead, micro_batches
 from train.budget import is_spent
 from train.checkpoint import Position
 from train.config import TrainConfig
+from train.evaluation.held_out import HeldOut
 from train.export import export_student
-from train.held_out import HeldOut
 from train.interrupts import Interrupted, Interrupts
 from train.memory import out_of_memory_at
 from train.progress import Progress

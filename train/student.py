@@ -22,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 from cache_spec.errors import BadInputError
 from cache_spec.failures import first_line
 from cache_spec.manifest import Manifest
+from train.evaluation.text import TOKENIZER_PATTERNS, open_tokenizer
 from train.lm_kind import is_masked_lm, model_class, own_logits, refuse_other_kind
 from train.sliced import refuse_unsliceable, slice_tensors
 from train.student_config import (
@@ -44,7 +45,6 @@ from train.teacher_layers import (
     weights_digest,
     weights_folder,
 )
-from train.text import TOKENIZER_PATTERNS, open_tokenizer
 
 logger = logging.getLogger("kdpipe")
 
@@ -161,7 +161,7 @@ def _from_teacher_layers(
     # Copied layers are only a start, so another fine-tune of the same shape is said, not refused. The digest of a
     # cache made from GGUF is that of another file.
     small = sum(path.stat().st_size for path in files) <= _MAX_HASHED_BYTES
-    if small and not manifest.teacher.name.endswith(".gguf"):
+    if small and manifest.imported is None and not manifest.teacher.name.endswith(".gguf"):
         same = weights_digest(files) == manifest.teacher.weights_sha256
         summary["source_weights"] = "those of the cache's teacher" if same else "not those of the cache's teacher"
         if not same:

@@ -176,8 +176,15 @@ def check_divergence(kind: DivergenceKind, tail: Tail | None, manifest: Manifest
 def pick_tail(asked: Tail | None, manifest: Manifest) -> Tail | None:
     """Return how tails are treated: what was asked for, or the best that the cache has; None where there are none.
 
-    Raises BadInputError ``no-tail`` where a treatment was asked for that the cache's encoding does not have.
+    Raises BadInputError ``no-tail`` where a treatment was asked for that the cache's encoding does not have, or that
+    imported log-probabilities do not tell.
     """
+    if (imported := manifest.imported) is not None:
+        if asked is not None and asked not in imported.tails:
+            expected = " or ".join(imported.tails)
+            found, hint = f"{imported.logprobs} log-probabilities, imported without a normaliser", "leave tail out"
+            raise BadInputError("no-tail", f"tail {asked}", expected=expected, found=found, hint=hint)
+        return asked or imported.tails[0]
     has_head, has_prototypes = isinstance(manifest.encoding, Head), "prototypes" in manifest.tables
     if asked is None:
         return "prototype" if has_prototypes else "bucket" if has_head else None

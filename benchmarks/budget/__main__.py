@@ -35,8 +35,8 @@ from benchmarks.workers import Process
 from cache_spec.manifest import MANIFEST_NAME
 from cache_spec.reader import CacheReader
 from pipeline.settings import recipe_path
-from train.evaluate import evaluate_models
-from train.evaluate_config import EvaluateConfig
+from train.evaluation.config import EvaluateConfig
+from train.evaluation.evaluate import evaluate_models
 from train.family_config import read_family
 from train.run_files import STUDENT_NAME
 

@@ -40,7 +40,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.quick:
         options.turns, options.shard_batches, options.block_tokens, options.batch_blocks = 1, 1, 32, 1
-        options.calibration_tokens, options.worker_shards, options.shards, options.documents = 64, 5, 20, 2
+        options.calibration_tokens, options.worker_shards, options.shards, options.documents = 64, 6, 20, 2
     torch.set_num_threads(options.threads)
     os.environ["RAYON_NUM_THREADS"] = str(options.threads)
     with tempfile.TemporaryDirectory(dir=options.work) as name:

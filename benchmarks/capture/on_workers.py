@@ -1,8 +1,8 @@
 """Captures on one worker and on two, each of one thread: tokens a second, and CPU seconds a token.
 
-In: a teacher, sizes, turns. Out: the speed of each turn between its first commits and its last one, so that starting
-workers counts for nothing; the ratio of two workers to one; and what two cost in CPU time over what one does, which
-other load on the machine disturbs less.
+In: a teacher, sizes, turns. Out: the speed of each turn between its first commits and the moment a worker has nothing
+left to do, so that starting workers and waiting for the last shard count for nothing; the ratio of two workers to one;
+and what two cost in CPU time over what one does, which other load on the machine disturbs less.
 """
 
 from __future__ import annotations
@@ -23,15 +23,16 @@ from pipeline.progress import Progress
 
 
 class Watched(Progress):
-    """Progress that takes the time when each worker has committed a shard or two, and at the last one."""
+    """Progress that takes the time when each worker has committed a shard or two, and when the first one is idle."""
 
-    def __init__(self, blocks: BlocksInfo, todo: list[int], warm: int) -> None:
+    def __init__(self, blocks: BlocksInfo, todo: list[int], num_workers: int) -> None:
         super().__init__(blocks, todo, quiet=True)
-        self.warm, self.marks = warm, list[tuple[int, float, float]]()
+        self.marked = 2 * num_workers, blocks.num_shards - num_workers + 1
+        self.marks = list[tuple[int, float, float]]()
 
     def committed(self, shard: int, num_bytes: int) -> None:
         super().committed(shard, num_bytes)
-        if self.num_done in (self.warm, self.blocks.num_shards):
+        if self.num_done in self.marked:
             self.marks.append((self.num_done, time.perf_counter(), _workers_cpu_s()))
 
     @property
@@ -56,7 +57,7 @@ def measure(teacher: Path, work: Path, *, num_shards: int, turns: int, **setting
                 **settings,
             )
             todo = list(range(num_shards))
-            with Watched(begun.manifest.blocks, todo, 2 * num_workers) as progress:
+            with Watched(begun.manifest.blocks, todo, num_workers) as progress:
                 files = begun.run.source.files
                 capture_on_workers(files, begun.config, begun.manifest, begun.run.staged, todo, progress)
             found.append(progress.rate)

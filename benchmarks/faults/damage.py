@@ -1,9 +1,8 @@
 """Whole pieces of a finished cache that are cut off, zeroed, exchanged or gone.
 
 In: how many, or all: every file cut at every 4 KiB, every page of 4 KiB zeroed, every two shards of an array exchanged,
-every file deleted. Out: counts. ``verify`` must find each; what a reader makes of it is counted too. A reader checks
-each chunk and the size of each file, not their digests: it takes whole shards that were exchanged at their word, if
-they are of one size.
+every file deleted. Out: counts. ``verify`` must find each; a reader must refuse, or give the values of the unharmed
+cache: it does not hash whole files, but checks each chunk, and each file's size and end.
 """
 
 from __future__ import annotations
@@ -81,7 +80,9 @@ def damage_campaign(small: SmallCaptures, num_damages: int, rng: random.Random) 
         damage.do()
         tally.counts[damage.kind] += 1
         tally.check(verify_cache(cache), f"{cache.name}: {damage.kind} {damage.place}: not detected")
-        tally.counts[f"{damage.kind}_reader_{read_outcome(cache, clean)}"] += 1
+        told = read_outcome(cache, clean)
+        tally.counts[f"{damage.kind}_reader_{told}"] += 1
+        tally.check(told != "read_others", f"{cache.name}: {damage.kind} {damage.place}: other values read")
         for path, data in zip(damage.paths, before, strict=True):
             path.write_bytes(data)
     shutil.rmtree(home)

@@ -24,8 +24,8 @@ import filelock
 from benchmarks.fidelity.captures import HELD_OUT, TRAIN, Capture, encoded, write_json
 from benchmarks.fidelity.configurations import Configuration
 from train.config import TrainConfig
-from train.evaluate import evaluate_models
-from train.evaluate_config import EvaluateConfig
+from train.evaluation.config import EvaluateConfig
+from train.evaluation.evaluate import evaluate_models
 from train.loop import train
 
 logger = logging.getLogger("kdpipe")

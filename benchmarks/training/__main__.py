@@ -183,7 +183,7 @@ def main() -> None:
         threads=options.threads,
         environment=environment,
     )
-    found = goals(figures, 4 * manifest.teacher.num_parameters)
+    found = goals(figures, 4 * (manifest.teacher.num_parameters or 0))
     report = {
         "task": asdict(task) | {"batch_tokens": task.batch_blocks * manifest.blocks.block_tokens},
         "encoding": manifest.encoding.model_dump(mode="json"),

@@ -96,6 +96,15 @@ def link(cache: Path, *, path: str) -> None:
     (cache / path).symlink_to(outside)
 
 
+def exchange(cache: Path, *, path: str, other: str) -> None:
+    """Let two files of one size change places."""
+    data, others = (cache / path).read_bytes(), (cache / other).read_bytes()
+    assert len(data) == len(others)
+    assert data != others
+    (cache / path).write_bytes(others)
+    (cache / other).write_bytes(data)
+
+
 def set_field(cache: Path, *, path: str, field: list[str], value: object, fingerprint: bool = False) -> None:
     """Set a field of a sealed file and seal it again; ``fingerprint`` renews that of a manifest too."""
     body = json.loads((cache / path).read_bytes())
@@ -191,7 +200,11 @@ def reissue(cache: Path, *, seal: bool = True) -> None:
         body["fingerprint"] = manifest["fingerprint"]
         for name, file in body["files"].items():
             data = next((cache / name).glob(f"c.{body['shard']}*")).read_bytes()
-            file.update(num_bytes=len(data), sha256=sha256(data))
+            metadata = json.loads((cache / name / "zarr.json").read_bytes())
+            inner = metadata["codecs"][0]["configuration"]["chunk_shape"]
+            num_chunks = metadata["chunk_grid"]["configuration"]["chunk_shape"][0] // inner[0]
+            end = google_crc32c.value(data[-16 * num_chunks - 8 : -4])
+            file.update(num_bytes=len(data), end_crc32c=end, sha256=sha256(data))
         write_sealed(path, body)
     if seal:
         digest = sha256(b"".join(path.read_bytes() for path in receipts))
@@ -214,6 +227,7 @@ OPERATIONS: dict[str, Callable[..., None]] = {
         replace,
         truncate,
         link,
+        exchange,
         set_field,
         remove_field,
         values,

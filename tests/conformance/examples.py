@@ -34,6 +34,7 @@ from cache_spec.targets import Array, Geometry
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 _LOGIT_SPREAD = 3.0
+_UNKNOWN_WIDTH = 6
 # Functions like exp differ in their last bits between processors; on this grid they agree.
 _FLOAT_GRID = 2.0**20
 
@@ -60,6 +61,7 @@ def make_text(manifest: Manifest, seed: int) -> Text:
     """Random tokens, hidden states and an output head; every block full but a kept last one, or all but full ones."""
     blocks, teacher = manifest.blocks, manifest.teacher
     rng = np.random.default_rng(seed)
+    width = teacher.hidden_size or _UNKNOWN_WIDTH
     shape = (blocks.num_blocks, blocks.block_tokens)
     lengths_N = np.full(blocks.num_blocks, blocks.block_tokens, np.uint32)
     num_missing = blocks.num_blocks * blocks.block_tokens - manifest.corpus.num_tokens
@@ -73,8 +75,8 @@ def make_text(manifest: Manifest, seed: int) -> Text:
     if manifest.masking is not None:
         input_ids_NT[:, 0] = manifest.masking.cls_token_id
         input_ids_NT[np.arange(len(lengths_N)), lengths_N.astype(int) - 1] = manifest.masking.sep_token_id
-    hidden_NTD = rng.normal(size=(*shape, teacher.hidden_size)).astype(np.float16).astype(np.float64)
-    weight_VD = rng.normal(size=(teacher.vocab_size, teacher.hidden_size)) * _LOGIT_SPREAD / teacher.hidden_size**0.5
+    hidden_NTD = rng.normal(size=(*shape, width)).astype(np.float16).astype(np.float64)
+    weight_VD = rng.normal(size=(teacher.vocab_size, width)) * _LOGIT_SPREAD / width**0.5
     weight_VD = weight_VD.astype(np.float16).astype(np.float64)
     has_bias = isinstance(manifest.encoding, Hidden) and manifest.encoding.bias
     bias_V = rng.normal(size=teacher.vocab_size).astype(np.float32) * has_bias
@@ -109,12 +111,13 @@ def make_rows(manifest: Manifest, text: Text, tables: dict[str, Array]) -> dict[
     logprobs_NTV = text.logprobs_NTV
     entropy_NT = -(np.exp(logprobs_NTV) * logprobs_NTV).sum(-1)
     loss_NT = -np.take_along_axis(logprobs_NTV[:, :-1], text.input_ids_NT[:, 1:, None], axis=-1)[..., 0]
-    rows = {
-        "input_ids": text.input_ids_NT.astype(geometry.id_dtype),
-        "block_lengths": text.lengths_N,
-        "block_loss": _mean(loss_NT, is_real_NT[:, 1:]),
-        "block_entropy": _mean(entropy_NT, is_real_NT),
-    }
+    rows = {"input_ids": text.input_ids_NT.astype(geometry.id_dtype), "block_lengths": text.lengths_N}
+    if manifest.imported is None:
+        rows |= {"block_loss": _mean(loss_NT, is_real_NT[:, 1:]), "block_entropy": _mean(entropy_NT, is_real_NT)}
+    elif manifest.imported.logprobs == "renormalised":
+        assert isinstance(manifest.encoding, TopK)
+        rank_NTV = np.argsort(np.argsort(-logprobs_NTV, axis=-1, kind="stable"), axis=-1)
+        logprobs_NTV = log_softmax(np.where(rank_NTV < manifest.encoding.k, logprobs_NTV, -np.inf))
     targets = encode(manifest.encoding, geometry, logprobs_NTV, text.hidden_NTD, tables)
     if manifest.masking is not None:
         selected_NT, read_NT = masked(manifest.masking, text.input_ids_NT, text.lengths_N, geometry.vocab_size)

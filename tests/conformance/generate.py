@@ -18,6 +18,7 @@ from cache_spec.encodings.prototype import Prototype
 from cache_spec.encodings.sampled import Sampled
 from cache_spec.encodings.sparsified import Sparsified
 from cache_spec.encodings.topk import TopK
+from cache_spec.imported import ImportedInfo
 from cache_spec.manifest import Manifest
 from cache_spec.masking import MaskingInfo
 from tests.synthetic import make_manifest, make_rows, write_cache
@@ -127,6 +128,25 @@ CASES = {
         claim="hidden: int8 states with a scale for each, a float32 output head and its bias",
         encoding=Hidden(dtype="int8", head_dtype="float32", bias=True),
         sizes=_SMALL,
+    ),
+    "imported": Case(
+        claim="log-probabilities of the whole vocabulary from elsewhere, in finer levels; no teacher ran for them",
+        encoding=TopK(k=5, levels=4096, odds_step_nats=1 / 64),
+        sizes=_TWO_SHARDS
+        | {
+            "window": None,
+            "temperatures": (1.0,),
+            "imported": ImportedInfo(logprobs="full", mass_error=0.001),
+        },
+    ),
+    "imported-renormalised": Case(
+        claim="log-probabilities from elsewhere that sum to one over the kept tokens: the tail is not known",
+        encoding=TopK(k=5, **_STEPS),
+        sizes=_SMALL
+        | {
+            "temperatures": (1.0,),
+            "imported": ImportedInfo(logprobs="renormalised", mass_error=0.0),
+        },
     ),
     "masked": Case(
         claim="of a masked language model: targets of selected tokens alone, each document begins a block",

@@ -44,6 +44,7 @@ NOT_ABOUT_READING = {
     "copy-too-small": "tests/unit/test_local_copy.py",
     "cache-changed": "tests/unit/test_local_copy.py",
     "no-conditions": "tests/integration/test_store_capture.py",
+    "imported-cache": "tests/unit/test_imported.py",
 }
 
 valid_cases = pytest.mark.parametrize("path", sorted(VALID.iterdir()), ids=lambda path: path.name)

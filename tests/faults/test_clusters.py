@@ -95,8 +95,7 @@ def test_workers_that_lack_something_are_refused_by_name(
         out=str(tmp_path), store=None,
         fingerprint="0" * 64, staged_key="0" * 64, teacher="t", teacher_folder=clean.teacher,
         weight_files=("model.safetensors",), gguf_file=None, revision=None, weights_sha256="0" * 64, device="cpu",
-        spread=False,
-        dtype="float32", num_threads=1, versions=versions(),
+        spread=False, dtype="float32", compiled=False, num_threads=1, versions=versions(),
     )  # fmt: skip
     good = write_job(tmp_path, job)
     cases = [

@@ -1,9 +1,8 @@
-"""Each benchmark runs, tiny, and prints JSON of the right shape; the README's quick start runs as it stands."""
+"""Each benchmark runs, tiny, and prints JSON of the right shape."""
 
 from __future__ import annotations
 
 import json
-import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ from benchmarks import faults_training, memory, quantisation, remote, stores, te
 from benchmarks.capture import __main__ as capture
 from benchmarks.training import __main__ as training
 from cache_spec.encodings.topk import TopK
-from pipeline import cli
 from tests.runs import TOKENS, save_run_cache, save_run_teacher
 from tests.synthetic import make_manifest, make_rows, write_cache
 
@@ -104,18 +102,6 @@ def test_the_real_teacher_is_kept_out_of_the_repository(capsys: pytest.CaptureFi
     with pytest.raises(SystemExit) as stopped:
         sys.exit(teacher.main())
     assert stopped.value.code == 3
-
-
-@pytest.mark.slow
-def test_the_quick_start_of_the_readme_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = README.read_text(encoding="utf-8")
-    block = text.split("<!-- quick start -->")[1].split("```bash\n")[1].split("```")[0]
-    commands = [shlex.split(line) for line in block.replace("\\\n", " ").splitlines() if line.strip()]
-    assert len(commands) >= 4
-    monkeypatch.chdir(README.parent)
-    for program, *arguments in commands:
-        assert program == "kdpipe"
-        assert cli.run([part.replace("work/", f"{tmp_path}/") for part in arguments]) == 0
 
 
 def test_the_benchmark_of_a_remote_cache_tells_what_training_waits(

@@ -24,8 +24,8 @@ from train import checkpoint, steps
 from train.budget import schedule_step
 from train.checkpoint import load_latest
 from train.config import TrainConfig
-from train.evaluate import evaluate_models
-from train.evaluate_config import EvaluateConfig
+from train.evaluation.config import EvaluateConfig
+from train.evaluation.evaluate import evaluate_models
 from train.loop import train
 from train.run import step_plan
 

@@ -20,8 +20,8 @@ from tests.runs import assert_same_run, metric_lines, weights_of
 from train.config import TrainConfig
 from train.dataset import CacheDataset
 from train.distiller import Distiller, LossWeights
-from train.evaluate import evaluate_models
-from train.evaluate_config import EvaluateConfig
+from train.evaluation.config import EvaluateConfig
+from train.evaluation.evaluate import evaluate_models
 from train.loop import train
 from train.run import first_student
 from train.trainer import KDTrainer

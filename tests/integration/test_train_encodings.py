@@ -16,8 +16,8 @@ from cache_spec.manifest import sha256_hex
 from tests.refusals import refused
 from tests.synthetic import ENCODINGS, make_manifest, make_rows, write_cache
 from train.config import TrainConfig
-from train.evaluate import evaluate_models
-from train.evaluate_config import EvaluateConfig
+from train.evaluation.config import EvaluateConfig
+from train.evaluation.evaluate import evaluate_models
 from train.loop import train
 
 VOCABULARY, WIDTH, TOKENS, BLOCKS = 50, 16, 8, 12

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -195,17 +194,3 @@ def test_a_training_set_that_is_no_cache_is_refused(cache: Path, tmp_path: Path)
     trainer = KDTrainer(make_distiller(cache), arguments(tmp_path))
     assert isinstance(trainer, Trainer)
     refused("no-cache", trainer.train)
-
-
-@pytest.mark.parametrize("number", [0, 1])
-@pytest.mark.filterwarnings("ignore")
-def test_the_documented_examples_run(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "own_trainer.md").read_text(), re.DOTALL)
-    assert len(blocks) == 2
-    assert len(blocks[number].splitlines()) <= 20
-    (tmp_path / "cache").symlink_to(cache)
-    make_student().save_pretrained(tmp_path / "student")
-    monkeypatch.chdir(tmp_path)
-    exec(blocks[number], {"__name__": "__main__"})
-    trained = GPT2LMHeadModel.from_pretrained(tmp_path / ("trained", "trained/student")[number])
-    assert not torch.equal(trained.transformer.wte.weight, make_student().transformer.wte.weight)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-import train.scorer
+import train.evaluation.scorer
 from cache_spec.errors import KdpipeError
 from pipeline.cli import run
 from tests.evaluation import (
@@ -36,11 +36,11 @@ from tests.evaluation import (
 )
 from tests.refusals import refusal
 from tests.synthetic import make_manifest, make_rows, write_cache
-from train.evaluate import table
-from train.evaluate_config import EvaluateConfig
+from train.evaluation.config import EvaluateConfig
+from train.evaluation.tables import table
+from train.evaluation.text import DOCUMENT_GAP, read_text, tokenise
 from train.export import export_student
 from train.student import build_student
-from train.text import DOCUMENT_GAP, read_text, tokenise
 
 
 def naive_loss(model: Any, blocks: list[torch.Tensor]) -> tuple[float, int]:
@@ -56,7 +56,7 @@ def text(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train.scorer, "CHUNK_BYTES", 4 * V * 5)
+    monkeypatch.setattr(train.evaluation.scorer, "CHUNK_BYTES", 4 * V * 5)
 
 
 # --- plain text
@@ -200,7 +200,7 @@ def test_text_and_cache_are_read_with_the_tokenizer_of_the_files_in_every_family
 
 def test_out_of_memory_is_one_line(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_model(tmp_path / "model")
-    for place in ("train.scorer.Scorer.logits", "train.scorer.refuse_incomplete"):
+    for place in ("train.evaluation.scorer.Scorer.logits", "train.evaluation.scorer.refuse_incomplete"):
         with monkeypatch.context() as patch:
             patch.setattr(place, lambda *_: torch.empty(1 << 50))
             with pytest.raises(KdpipeError) as caught:
@@ -216,7 +216,7 @@ def test_models_that_cannot_be_opened_are_refused(tmp_path: Path, text: Path, mo
     def unreachable(*args: Any, **kwargs: Any) -> str:
         raise OSError("no network")
 
-    monkeypatch.setattr(train.scorer, "snapshot_download", unreachable)
+    monkeypatch.setattr(train.evaluation.scorer, "snapshot_download", unreachable)
     given = {"text": (str(text),)}
     assert refusal(evaluate, tmp_path / "gone", **given).kind == "unknown-model"
     model = tmp_path / "model"
@@ -330,11 +330,15 @@ def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any]) -> No
 
 
 def test_settings_import_no_torch() -> None:
-    script = "import sys, train.evaluate_config; assert 'torch' not in sys.modules"
+    script = "import sys, train.evaluation.config; assert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
 
 
 # --- the command and its table
+
+
+def shown(rows: list[dict[str, Any]]) -> list[str]:
+    return table({"models": rows, "bootstrap": {"resamples": 0, "level": 0.95, "seed": 0}})
 
 
 def test_command_prints_one_row_for_each_model(tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -366,7 +370,8 @@ def test_table_aligns_columns_and_shows_teacher_and_models_under_each_other() ->
     on_cache |= {"ece": 0.125, "kl_is": "exact", "kl_to_teacher": 0.5, "agreement": 0.25, "overlap": 0.75}
     on_cache |= {"tokens_per_s": 10.0, "teacher_loss": 2.0, "teacher_perplexity": 7.0}
     row = {"name": "a-model", "parameters": 1234, "texts": [on_text], "cache": on_cache}
-    assert table([row]) == [
+    row |= {"corpora": [], "speed": None, "samples": [], "harness": None}
+    assert shown([row]) == [
         "a.txt",
         "model    parameters  tokens    loss  perplexity  bits/byte     ECE  tokens/s",
         "a-model       1,234   1,000  2.5000           -     1.2500  0.0500        10",
@@ -377,12 +382,12 @@ def test_table_aligns_columns_and_shows_teacher_and_models_under_each_other() ->
         "a-model             1,234       9  3.0000       20.00  0.1250  0.5000     0.2500   0.7500        10",
     ]
     drawn = {**on_cache, "kl_is": None, "kl_to_teacher": None, "agreement": None, "overlap": None}
-    lines = table([{**row, "texts": [], "cache": drawn}])
+    lines = shown([{**row, "texts": [], "cache": drawn}])
     assert "drawn" in lines[0]
     assert lines[-1].split()[-5:] == ["0.1250", "-", "-", "-", "10"]
-    bounds = table([{**row, "texts": [], "cache": {**on_cache, "kl_is": "lower-bound"}}])
+    bounds = shown([{**row, "texts": [], "cache": {**on_cache, "kl_is": "lower-bound"}}])
     assert "KL from below" in bounds[0]
-    assert table([]) == []
+    assert shown([]) == []
 
 
 def test_figures_do_not_depend_on_the_batch(tmp_path: Path, text: Path) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-import train.scorer
+import train.evaluation.scorer
 from cache_spec.commit import commit_shard, create_cache, tokens_digest
 from cache_spec.encodings.hidden import Hidden
 from cache_spec.encodings.prototype import Prototype
@@ -22,8 +22,8 @@ from cache_spec.receipts import write_seal
 from cache_spec.targets import HeadTargets, HiddenTargets, dense
 from tests.evaluation import PADDED, V, evaluate, naive_logprobs, save_cache, save_model, save_tokenizer
 from tests.synthetic import make_manifest, make_rows, shard_rows
+from train.evaluation.measures import Calibration, measure_labels
 from train.loss_targets import NO_LABEL
-from train.measures import Calibration, measure_labels
 
 ENCODINGS = {
     "topk": TopK(k=4),
@@ -40,7 +40,7 @@ KINDS = {"topk": "lower-bound", "prototype": "lower-bound", "sampled": None, "sp
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train.scorer, "CHUNK_BYTES", 4 * V * 5)
+    monkeypatch.setattr(train.evaluation.scorer, "CHUNK_BYTES", 4 * V * 5)
 
 
 def teacher_probs(reader: CacheReader, temperature: float) -> Any:

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-import train.speed
+import train.evaluation.speed
 from tests.models import FAMILIES, make_model
 from tests.refusals import refused
-from train.speed import SpeedConfig, generate, measure_speeds
+from train.evaluation.speed import SpeedConfig, generate, measure_speeds
 
 CPU = torch.device("cpu")
 
@@ -37,14 +37,14 @@ def test_models_take_turns_and_the_median_counts(tmp_path: Path, monkeypatch: py
     timed: list[tuple[int, int]] = []
     seconds = iter([1.0, 9.0, 2.0, 9.0, 4.0, 9.0])
 
-    def pretended(model: Any, prompt_BT: torch.Tensor, new_tokens: int) -> train.speed.Generated:
+    def pretended(model: Any, prompt_BT: torch.Tensor, new_tokens: int) -> train.evaluation.speed.Generated:
         if new_tokens > 2:
             timed.append((model.config.n_layer, prompt_BT.shape[1]))
             second = next(seconds)
-            return train.speed.Generated(torch.zeros(1, new_tokens), second, second * 10)
-        return train.speed.Generated(torch.zeros(1, new_tokens), 100.0, 100.0)
+            return train.evaluation.speed.Generated(torch.zeros(1, new_tokens), second, second * 10)
+        return train.evaluation.speed.Generated(torch.zeros(1, new_tokens), 100.0, 100.0)
 
-    monkeypatch.setattr(train.speed, "generate", pretended)
+    monkeypatch.setattr(train.evaluation.speed, "generate", pretended)
     speeds = measure_speeds(folders, SpeedConfig(prompt_tokens=100, new_tokens=5, rounds=3), device=CPU)
     # 64 positions leave 59 to the prompt.
     assert timed == [(1, 59), (2, 59)] * 3

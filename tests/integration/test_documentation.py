@@ -1,0 +1,136 @@
+"""What the documentation shows is so: every block runs or says what it needs, examples run, the site is whole."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipeline import cli
+from pipeline.help_page import ManualCommand
+from pipeline.manual import MANUALS, Example
+from pipeline.settings import COMMANDS
+from tests.documented import NEEDS, SHOWN, blocks, commands, parse, run_block
+from tests.models import make_folder
+from tools import draw_pictures
+from tools.check_site import problems
+
+ROOT = Path(__file__).parents[2]
+GENERATED = ROOT / "docs" / "reference" / "commands"
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "cache_spec/SPEC.md")),
+    *(page for page in sorted((ROOT / "docs").rglob("*.md")) if GENERATED not in page.parents),
+]
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
+"""A machine may have fewer cores than there are workers."""
+EXAMPLES = [(name, example) for name in COMMANDS for example in MANUALS[name].examples]
+
+
+def page_id(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+@pytest.fixture(scope="module")
+def reader_s_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the pages speak of: a teacher by the names that they use, small enough for seconds, and text."""
+    folder = tmp_path_factory.mktemp("documentation")
+    make_folder(folder / "my-teacher", num_hidden_layers=12, max_position_embeddings=1024, spread=4.0)
+    (folder / "gpt2").symlink_to("my-teacher")
+    (folder / "pipeline").mkdir()
+    (folder / "pipeline" / "demo_teacher").symlink_to(ROOT / "pipeline" / "demo_teacher")
+    words = np.random.default_rng(0).integers(2, 100, size=12_000)
+    for name, part in (("my-text.txt", words[:9000]), ("held-out.txt", words[9000:])):
+        (folder / name).write_text(" ".join(f"w{word}" for word in part))
+    ids = [words[start : start + 50].astype(np.uint16) for start in range(0, 500, 50)]
+    (folder / "binarized.pickle").write_bytes(pickle.dumps(ids))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def examples_run(reader_s_folder: Path) -> dict[str, int]:
+    """The exit code of each example of the manual, run one after the other; what they made stays for the pages."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(reader_s_folder)
+        codes = {
+            example.command: cli.run(next(commands(example.command))[1:])
+            for _, example in EXAMPLES
+            if example.needs is None
+        }
+        for name, of in (("cache", "caches/mine"), ("student", "runs/two/student")):
+            Path(name).symlink_to(of)
+    return codes
+
+
+@pytest.fixture
+def there(reader_s_folder: Path, examples_run: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(reader_s_folder)
+    return reader_s_folder
+
+
+def test_every_command_has_a_manual_with_examples() -> None:
+    assert list(MANUALS) == [name for name in MANUALS if name in COMMANDS]
+    for name in COMMANDS:
+        command = cli.cli.get_command(cli.cli.make_context("kdpipe", [name], resilient_parsing=True), name)
+        assert isinstance(command, ManualCommand), name
+        assert command.manual.examples, name
+        assert set(command.manual.see_also) <= set(COMMANDS), name
+
+
+@pytest.mark.parametrize(("name", "example"), EXAMPLES, ids=[f"{name}: {example.says}" for name, example in EXAMPLES])
+def test_every_example_is_of_its_command_and_parses(name: str, example: Example) -> None:
+    (words,) = commands(example.command)
+    assert words[words.index("kdpipe") + 1] == name
+    parse(words)
+
+
+def test_examples_that_need_nothing_run(examples_run: dict[str, int]) -> None:
+    assert {command: code for command, code in examples_run.items() if code} == {}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_every_block_runs_or_is_marked(page: Path, there: Path) -> None:
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    for block in blocks(page):
+        if block.needs is None and block.language not in SHOWN:
+            run_block(block, namespace)
+        elif block.needs is not None:
+            assert block.needs in NEEDS, block
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_commands_of_marked_blocks_have_flags_that_exist(page: Path) -> None:
+    for block in blocks(page):
+        if block.needs is not None and block.language in ("bash", ""):
+            for words in commands(block.text):
+                if "kdpipe" in words and words[0] != "python":
+                    parse(words)
+
+
+def test_a_block_that_is_neither_run_nor_marked_is_found(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("<!-- needs: hub -->\n```bash\nls\n```\n\n```bash\nls\n```\n\n    kdpipe verify\n")
+    marked, *rest = blocks(page)
+    assert marked.needs == "hub"
+    assert [block.needs for block in rest] == [None, None]
+    for block in rest:
+        with pytest.raises(AssertionError, match="mark"):
+            run_block(block, {})
+
+
+def test_pictures_are_as_their_script_draws_them() -> None:
+    assert {path.stem for path in draw_pictures.FOLDER.iterdir()} == set(draw_pictures.PICTURES)
+    for name, draw in draw_pictures.PICTURES.items():
+        assert (draw_pictures.FOLDER / f"{name}.svg").read_text(encoding="utf-8") == draw()
+
+
+def test_a_broken_link_and_a_foreign_script_are_found(tmp_path: Path) -> None:
+    good = '<a href="b.html#there">b</a><a href="https://example.org">out</a><img src="data:,">'
+    (tmp_path / "a.html").write_text(good)
+    (tmp_path / "b.html").write_text('<h1 id="there">b</h1>')
+    assert list(problems(tmp_path)) == []
+    bad = '<a href="c.html">c</a><a href="b.html#gone">b</a><script src="https://example.org/x.js"></script>'
+    (tmp_path / "a.html").write_text(bad)
+    assert len(list(problems(tmp_path))) == 3
