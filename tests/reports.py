@@ -113,7 +113,7 @@ def model_figures(name: str, parameters: int, loss: float) -> dict[str, Any]:
     corpus = {
         "corpus": "wikitext-103",
         "source": HOSTILE,
-        "protocol": "raw",
+        "protocol": f"WikiText, detokenised {HOSTILE}",
         "mode": "strided",
         "window_tokens": 1024,
         "stride": 512,
@@ -127,8 +127,10 @@ def model_figures(name: str, parameters: int, loss: float) -> dict[str, Any]:
         "bits_per_byte": 1.5,
         "accuracy": None,
         "intervals": {"word_perplexity": [30.5, 32.5]},
-        "interval_unit": "documents",
+        "interval_unit": "document",
+        "num_units": 60,
         "sampled": True,
+        "difference": {"to": "/m/teacher", "loss_nats": 1.0, "intervals": {"loss_nats": [0.5, 1.5]}},
     }
     speed = {
         "prompt_tokens": 128,
@@ -184,15 +186,38 @@ def save_family(folder: Path) -> Path:
 def save_plan(path: Path) -> Path:
     """A plan of the family above and of a student that was never trained."""
     hours = {"online": {"hours": 0.05}, "cross_entropy": {"hours": 0.004}}
-    student = {"parameters": 1000, "hours_per_epoch": 0.02, "tokens_per_s": 30.0, "peak_bytes": 1e9, **hours}
+    student = {
+        "parameters": 1000,
+        "tokens": 1200,
+        "hours_per_epoch": 0.02,
+        "tokens_per_s": 30.0,
+        "peak_bytes": 1e9,
+        **hours,
+    }
     plan = {
         "assumptions": [{"name": HOSTILE, "value": 0.35, "unit": "of peak", "source": HOSTILE}],
         "calibrated": True,
-        "cache": {"tokens": 56, "bytes": 1000.0, "bytes_by_array": {"head_ids": 500, HOSTILE: 5}, "table_bytes": {}},
+        "device": {"name": HOSTILE},
+        "num_devices": 1,
+        "teacher": {"name": HOSTILE},
+        "cache": {"tokens": 56, "bytes": 1000.0, "bytes_by_array": {"head_ids": 500, HOSTILE: 5}, "table_bytes": 7},
         "capture": {"hours": 0.5, "tokens_per_s": 150.0, "peak_bytes": 2e9},
         "students": [student | {"name": "small", "hours": 0.008}, student | {"name": HOSTILE, "hours": 0.1}],
-        "totals": {"cached_hours": 0.2, "online_hours": 0.5, "money": None},
-        "break_even": {"students": 2, "epochs": 1},
+        "totals": {
+            "cached_hours": 0.2,
+            "online_hours": 0.5,
+            "cross_entropy_hours": 0.1,
+            "money": None,
+            "kwh": {"cached": 1.25, "online": 2.0, "cross_entropy": 0.5},
+            "co2_kg": None,
+        },
+        "break_even": {"students": 2, "epochs": None, "words": {"students": "from 2", "epochs": "never"}},
+        "fits_in_memory": False,
+        "loss_by_hours": [
+            {"students": n, "hours": hours, "ways": {"cached": {"tokens": 9, "loss": 5.0 - hours}}}
+            for n in (1, 2)
+            for hours in (0.25, 0.5, 1.0)
+        ],
         "budget": {"hours": 30, HOSTILE: HOSTILE},
         "curve": [
             {"students": n, "ways": {"cached": {"hours": 0.1 + 0.05 * n, "loss": 5.0 - n}, HOSTILE: {"hours": n}}}

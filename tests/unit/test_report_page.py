@@ -113,10 +113,10 @@ def test_the_page_shows_the_facts(everything: tuple[dict[str, Any], str]) -> Non
     assert "This cache is not finished" not in page.text
     assert "not finished: step 12 of 17" in page.text
     assert "31.50 [30.50, 32.50]" in page.text
-    assert (
-        "wikitext-103, raw, strided, window 1,024, stride 512; of a sample; [lower, upper] ends of intervals"
-        in page.text
-    )
+    assert "wikitext-103, strided, window 1,024, stride 512; of a sample; [lower, upper] ends of intervals" in page.text
+    assert "1.0000 [0.5000, 1.5000]" in page.text
+    assert "60 units of one document each" in page.text
+    assert "students from 2, epochs never" in page.text
     assert "KL is a lower bound" in page.text
     assert "a cache does not record how long its capture took" in page.text
     for name in facts["cache"]["sizes"]["arrays"]:

@@ -102,10 +102,9 @@ def _models_table(models: Models, names: Sequence[str]) -> Table:
 
 
 def _compared(label: str, found: Sequence[tuple[str, Mapping[str, Any]]], plotter: Plotter | None) -> list[Any]:
-    blocks: list[Any] = [_figures_table(label, found)]
-    for protocol in dict.fromkeys(_protocol(part) for _, part in found if part.get("protocol")):
-        blocks.append(Note(text=protocol))
-    blocks += _differences(found)
+    protocols = dict.fromkeys(_protocol(part) for _, part in found if part.get("protocol"))
+    notes = [Note(text=protocol) for protocol in protocols]
+    blocks: list[Any] = [_figures_table(label, found), *notes, *_differences(found)]
     name = next((n for n in ("loss_nats", "accuracy") if any(part.get(n) is not None for _, part in found)), None)
     if plotter is not None and name is not None:
         blocks.append(_bars(label, name, found, plotter))
