@@ -50,14 +50,14 @@ the folder that the cache was.
 def dataset_card(manifest: Manifest, num_bytes: int, url: str) -> str:
     """The text of a card, for a cache of ``num_bytes`` that is pulled from ``url``."""
     teacher, corpus, blocks = manifest.teacher, manifest.corpus, manifest.blocks
-    names = [_plain(source.name) for source in corpus.sources[:8]]
+    names = [plain_name(source.name) for source in corpus.sources[:8]]
     rest = len(corpus.sources) - len(names)
     known = [] if teacher.model_type is None else [teacher.model_type]
     known += [] if teacher.num_parameters is None else [f"{teacher.num_parameters:,} parameters"]
     return _CARD.format(
-        title=f"What {_plain(teacher.name)} says",
-        teacher=_plain(teacher.name) + (f" at {_plain(teacher.revision)}" if teacher.revision else ""),
-        sizes="".join(f"{_plain(part)}, " for part in known),
+        title=f"What {plain_name(teacher.name)} says",
+        teacher=plain_name(teacher.name) + (f" at {plain_name(teacher.revision)}" if teacher.revision else ""),
+        sizes="".join(f"{plain_name(part)}, " for part in known),
         vocab_size=teacher.vocab_size,
         weights="not known" if teacher.weights_sha256 is None else f"SHA-256 {teacher.weights_sha256}",
         sources=", ".join(names) + (f" and {rest:,} more" if rest else ""),
@@ -74,7 +74,7 @@ def dataset_card(manifest: Manifest, num_bytes: int, url: str) -> str:
     )
 
 
-def _plain(text: str) -> str:
+def plain_name(text: str) -> str:
     """A name without what would end a table's cell, and without the folders above a local one."""
     name = text.rstrip("/").split("/")[-1] if text.startswith(("/", "~", ".")) else text
     return "".join(" " if char in '|\n\r`:"<>#' else char for char in name).strip() or "unnamed"

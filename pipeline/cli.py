@@ -6,6 +6,7 @@ In: command-line arguments. Out: a command that ran, and a stable exit code: 0 d
 
 from __future__ import annotations
 
+import keyword
 import logging
 import os
 import sys
@@ -32,7 +33,7 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        command: click.Command = getattr(import_module("pipeline.commands"), cmd_name.replace("-", "_"))
+        command: click.Command = getattr(import_module("pipeline.commands"), _function(cmd_name))
         return command
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem[str]]:
@@ -57,6 +58,12 @@ class LazyGroup(click.Group):
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
+
+
+def _function(command: str) -> str:
+    """The name of a command's function; one that is a word of the language ends in an underscore."""
+    name = command.replace("-", "_")
+    return f"{name}_" if keyword.iskeyword(name) else name
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

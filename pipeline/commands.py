@@ -18,6 +18,7 @@ from pipeline.completion import SHELLS, files, shell_script
 from pipeline.config import CaptureConfig, TranscodeConfig
 from pipeline.family_command import FamilyOptions, family_options, run_family
 from pipeline.help_page import command
+from pipeline.interop.config import ExportConfig, ImportConfig
 from pipeline.plan.config import PlanConfig
 from pipeline.settings import emit, flags_of, settings
 from train.config import TrainConfig
@@ -220,6 +221,36 @@ def pull(url: str, folder: Path, as_json: bool) -> None:
 
     facts = bring(url, folder, quiet=as_json)
     emit(as_json, facts, describe_pull(facts))
+
+
+@command("export")
+@settings(ExportConfig, "export", argument="cache")
+@as_json
+def export(config: ExportConfig, as_json: bool) -> None:
+    """Write a cache's targets as Parquet or safetensors, for programs that do not read caches.
+
+    Run the same command again to go on after an interruption.
+    """
+    from pipeline.interop.export import describe_export
+    from pipeline.interop.export import export as write
+
+    facts = write(config, quiet=as_json)
+    emit(as_json, facts, describe_export(facts))
+
+
+@command("import")
+@settings(ImportConfig, "import")
+@as_json
+def import_(config: ImportConfig, as_json: bool) -> None:
+    """Make a cache of Parquet files with token ids and top-k log-probabilities.
+
+    The values have no normaliser: students are trained at temperature 1. Run the same command again to go on after
+    an interruption.
+    """
+    from pipeline.interop.importing import import_logprobs
+
+    result = import_logprobs(config, quiet=as_json)
+    emit(as_json, result, [_made(result)])
 
 
 @command("inspect")

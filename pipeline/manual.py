@@ -193,6 +193,33 @@ MANUALS: dict[str, Manual] = {
         ),
         see_also=("push", "verify"),
     ),
+    "export": Manual(
+        reads="CACHE: a finished cache's folder, or its address in a store.",
+        writes="A folder of Parquet or safetensors files, with an index; the same command goes on.",
+        examples=(
+            Example(
+                says="As Hugging Face datasets open it, and axolotl's KD plugin takes it",
+                command="kdpipe export caches/mine --to parquet --out exports/parquet",
+            ),
+            Example(
+                says="As plain arrays, a file for each shard",
+                command="kdpipe export caches/mine --to safetensors --out exports/safetensors",
+            ),
+        ),
+        see_also=("import", "transcode", "push"),
+    ),
+    "import": Manual(
+        reads="Parquet files, each row a text's token ids and, for every token, lists of kept ids and log-probabilities.",
+        writes="A cache that says that it has no normaliser: students of it are trained at temperature 1.",
+        examples=(
+            Example(
+                says="What export wrote",
+                command="kdpipe import --from exports/parquet --tokenizer my-teacher --logprobs renormalised"
+                " --out caches/imported",
+            ),
+        ),
+        see_also=("export", "train-student", "verify"),
+    ),
     "inspect": Manual(
         reads="CACHE: a cache's folder, finished or not, or the address of a finished one in a store.",
         writes="Nothing.",
@@ -254,7 +281,7 @@ MANUALS: dict[str, Manual] = {
     ),
     "report": Manual(
         reads="A cache, run folders, a family's folder, and JSON files of evaluate and plan: any of them.",
-        writes="One HTML file, --out, which holds all that it shows and asks for nothing; one that is there is replaced.",
+        writes="One HTML file, --out, which holds all that it shows; one that is there is replaced.",
         examples=(
             Example(says="A cache", command="kdpipe report --cache caches/mine --out report.html"),
             Example(

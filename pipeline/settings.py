@@ -34,6 +34,8 @@ COMMANDS = {
     "repair": "Recompute what is bad in a cache, and nothing else.",
     "push": "Send a finished cache to a store, or to the Hugging Face Hub.",
     "pull": "Bring a finished cache from a store, or from the Hugging Face Hub.",
+    "export": "Write a cache's targets as Parquet or safetensors.",
+    "import": "Make a cache of Parquet files of top-k log-probabilities.",
     "inspect": "Show what is in a cache and what it costs.",
     "train-student": "Train a student from a cache, without the teacher.",
     "evaluate": "Measure models on corpora, on text and against a cache, and how fast they are.",

@@ -348,12 +348,22 @@ def save_teacher_description(files: TeacherFiles, folder: Path) -> None:
 
     The same teacher gives the same bytes, wherever its files lie.
     """
+    save_config(files, folder)
+    save_tokenizer(files, folder)
+
+
+def save_config(files: TeacherFiles, folder: Path) -> None:
+    """Write ``teacher/config.json``, and generation_config.json where there is one, below ``folder``."""
     target = folder / "teacher"
     target.mkdir(parents=True, exist_ok=True)
     _write_json(target / "config.json", _without(load_config(files).to_diff_dict(), _NOT_CONFIG))
     generation = _generation_settings(files)
     if generation is not None:
         _write_json(target / "generation_config.json", _without(generation, _NOT_CONFIG))
+
+
+def save_tokenizer(files: TeacherFiles, folder: Path) -> None:
+    """Write ``tokenizer/`` below ``folder``."""
     with quiet_transformers():
         load_tokenizer(files).save_pretrained(folder / "tokenizer")
     settings = folder / "tokenizer" / "tokenizer_config.json"

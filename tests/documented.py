@@ -1,8 +1,8 @@
 """Code that the documentation shows, as something to run: blocks of Markdown pages, and the commands in them.
 
 In: Markdown. Out: its blocks, each with what it needs that a test has not, and commands that run in this process. A
-comment ``<!-- needs: hub -->`` above a block marks it, ``<!-- page needs: hours -->`` all of a page. A block that begins with a
-comment of a file's name is that file.
+comment ``<!-- needs: hub -->`` above a block marks it, ``<!-- page needs: hours -->`` all of a page. A block that
+begins with a comment of a file's name is that file.
 """
 
 from __future__ import annotations
