@@ -115,6 +115,7 @@ def build(
 
     values = read_recipe(recipe).get(section, {}) if recipe else dict(below or {})
     known = _names(model)
+    values = {f"{key}_" if f"{key}_" in known else key: value for key, value in values.items()}
     for key in values:
         if key not in known:
             raise BadInputError("unknown-key", f"{recipe}: {section}: {key}", expected="one of " + ", ".join(known))
@@ -132,7 +133,7 @@ def build(
             place = f"{recipe}: {section}" + (f": {name}" if name else "")
             raise BadInputError("bad-recipe", place, found=message) from None
         colon = "" if first["type"] == "missing" else ":"
-        flag = f"--{name.replace('_', '-')}{colon} " if name else ""
+        flag = f"{_flag(name)}{colon} " if name else ""
         raise click.UsageError(f"{flag}{message}") from None
 
 
@@ -170,9 +171,14 @@ def _names(model: type[BaseModel]) -> list[str]:
     return sorted(model.model_fields, key=lambda name: (not model.model_fields[name].is_required(), name in shared))
 
 
+def _flag(name: str) -> str:
+    """What stands for a setting on the command line; one that is a word of Python ends with a line below."""
+    return "--" + name.rstrip("_").replace("_", "-")
+
+
 def _option(model: type[BaseModel], name: str) -> Callable[..., Any]:
     field = model.model_fields[name]
-    flag = "--" + name.replace("_", "-")
+    flag = _flag(name)
     help_text = field.description or ""
     if not field.is_required() and field.default not in (None, ()):
         default = field.default
@@ -242,7 +248,7 @@ def _parse(model: type[BaseModel], name: str, value: Any) -> Any:
         try:
             return json.loads(value)
         except ValueError as error:
-            raise click.UsageError(f"--{name.replace('_', '-')}: not JSON: {error}") from None
+            raise click.UsageError(f"{_flag(name)}: not JSON: {error}") from None
     return value
 
 

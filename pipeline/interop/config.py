@@ -62,13 +62,13 @@ class ImportConfig(Record):
     model_config = ConfigDict(strict=False)
 
     HEADINGS: ClassVar = {
-        "source": "Files and cache",
+        "from_": "Files and cache",
         "logprobs": "What the files hold",
         "k": "What is kept",
         "block_tokens": "Blocks",
     }
 
-    source: tuple[Path, ...] = Field(min_length=1)
+    from_: tuple[Path, ...] = Field(min_length=1)
     """Parquet file, or folder of them; may be given more than once. Files are read in the order of their names."""
     out: Path
     """Folder of the cache."""
@@ -111,7 +111,7 @@ class ImportConfig(Record):
     shard_blocks: int = Field(default=256, ge=1)
     """Blocks in a shard: the unit that is committed at once, and the most that an interruption costs."""
 
-    @field_validator("source", mode="before")
+    @field_validator("from_", mode="before")
     @classmethod
     def _one_or_more(cls, value: Any) -> Any:
         return [value] if isinstance(value, str | Path) else value
@@ -121,7 +121,7 @@ class ImportConfig(Record):
     def _at_home(cls, path: Path | None) -> Path | None:
         return path and path.expanduser()
 
-    @field_validator("source", mode="after")
+    @field_validator("from_", mode="after")
     @classmethod
     def _sources_at_home(cls, paths: tuple[Path, ...]) -> tuple[Path, ...]:
         return tuple(path.expanduser() for path in paths)

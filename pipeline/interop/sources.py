@@ -45,7 +45,7 @@ class Source:
     @classmethod
     def of(cls, config: ImportConfig) -> Source:
         """Find and check everything but the rows."""
-        paths = _paths(config.source)
+        paths = _paths(config.from_)
         files = tokenizer_files(config.tokenizer)
         loaded = load_tokenizer(files)
         own_size = max(loaded.get_vocab().values()) + 1

@@ -31,7 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def import_command(folder: Path, out: Path, *more: str) -> list[str]:
     export = folder / "export"
-    places = {"--source": export / "data", "--tokenizer": export / "tokenizer", "--teacher-config": export / "teacher"}
+    places = {"--from": export / "data", "--tokenizer": export / "tokenizer", "--teacher-config": export / "teacher"}
     flags = [str(part) for pair in places.items() for part in pair]
     return ["import", *flags, "--out", str(out), "--shard-blocks", "4", *more]
 
@@ -111,12 +111,12 @@ def test_evaluation_against_an_imported_cache_claims_no_divergence(
         (["export", "MISSING", "--to", "parquet", "--out", "OUT"], 3, "not-a-cache"),
         (["export", "CACHE", "--to", "parquet", "--temperature", "3", "--out", "OUT"], 3, "undeclared-temperature"),
         (["export", "CACHE", "--to", "parquet", "--out", "CACHE"], 4, "not-an-export"),
-        (["import", "--source", "MISSING", "--tokenizer", "TOKENIZER", "--out", "OUT"], 3, "no-text"),
-        (["import", "--tokenizer", "TOKENIZER", "--out", "OUT"], 2, "--source"),
-        (["import", "--source", "DATA", "--tokenizer", "CACHE", "--out", "OUT"], 3, "no-tokenizer"),
-        (["import", "--source", "DATA", "--tokenizer", "TOKENIZER", "--out", "OUT", "--k", "9"], 3, "short-list"),
-        (["import", "--source", "DATA", "--tokenizer", "TOKENIZER", "--out", "OUT", "--shift", "2"], 2, "--shift"),
-        (["import", "--source", "DATA", "--tokenizer", "TOKENIZER", "--out", "DATA"], 4, "not-a-cache"),
+        (["import", "--from", "MISSING", "--tokenizer", "TOKENIZER", "--out", "OUT"], 3, "no-text"),
+        (["import", "--tokenizer", "TOKENIZER", "--out", "OUT"], 2, "--from"),
+        (["import", "--from", "DATA", "--tokenizer", "CACHE", "--out", "OUT"], 3, "no-tokenizer"),
+        (["import", "--from", "DATA", "--tokenizer", "TOKENIZER", "--out", "OUT", "--k", "9"], 3, "short-list"),
+        (["import", "--from", "DATA", "--tokenizer", "TOKENIZER", "--out", "OUT", "--shift", "2"], 2, "--shift"),
+        (["import", "--from", "DATA", "--tokenizer", "TOKENIZER", "--out", "DATA"], 4, "not-a-cache"),
         (["verify", "IMPORTED", "--deep"], 3, "imported-cache"),
     ],
     ids=lambda part: " ".join(part) if isinstance(part, list) else None,

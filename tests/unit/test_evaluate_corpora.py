@@ -19,6 +19,7 @@ from tests.evaluation import (
     LAMBADA,
     PADDED,
     POSITIONS,
+    WORDS,
     V,
     evaluate,
     naive_logprobs,
@@ -42,7 +43,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def nats(model: Any, read: list[int], targets: int) -> list[tuple[float, bool]]:
     """Nats of the last tokens of a sequence, and whether each was the first choice, one forward pass a sequence."""
-    logprobs = naive_logprobs(model, torch.tensor(read))
+    logprobs = naive_logprobs(model, torch.tensor(read[:-1]))
     positions = range(len(read) - targets - 1, len(read) - 1)
     return [(-float(logprobs[at, read[at + 1]]), int(logprobs[at].argmax()) == read[at + 1]) for at in positions]
 
@@ -62,10 +63,12 @@ def naive_strided(model: Any, ids: list[int], window: int, stride: int) -> float
 def test_strided_figures_equal_naive_ones(tmp_path: Path, family: str) -> None:
     model = save_model(tmp_path / "model", family, rows=PADDED)
     corpora = write_corpora(tmp_path)
-    row = evaluate(tmp_path / "model", corpus=corpora[:3], window=12, stride=5, batch_blocks=3)
+    # Naive figures take time: all corpora by one family, one by the others.
+    corpora = corpora[:3] if family == "gpt2" else corpora[1:2]
+    row = evaluate(tmp_path / "model", corpus=corpora, window=12, stride=5, batch_blocks=3)
     tokenizer = save_tokenizer(tmp_path / "again")
     assert tokenizer.eos_token_id == EOS
-    for given, figures in zip(corpora, row["corpora"], strict=False):
+    for given, figures in zip(corpora, row["corpora"], strict=True):
         corpus = read_corpus(given)
         documents = [tokenizer(passage.text)["input_ids"] for passage in corpus.passages]
         total = sum(naive_strided(model, ids, 12, 5) for ids in documents)
@@ -86,7 +89,6 @@ def test_strided_figures_equal_naive_ones(tmp_path: Path, family: str) -> None:
 @pytest.mark.parametrize("family", ["gpt2", "gemma2"])
 def test_examples_equal_naive_ones(tmp_path: Path, family: str) -> None:
     model = save_model(tmp_path / "model", family)
-    # With every word equally likely but one, its last token is the first choice wherever it is the target.
     corpora = write_corpora(tmp_path)[3:]
     row = evaluate(tmp_path / "model", corpus=corpora, window=POSITIONS)
     tokenizer = save_tokenizer(tmp_path / "again")
@@ -96,7 +98,7 @@ def test_examples_equal_naive_ones(tmp_path: Path, family: str) -> None:
         return nats(model, whole[-POSITIONS - 1 :], len(whole) - len(tokenizer(context)["input_ids"]))
 
     lambada, common_gen = row["corpora"]
-    words = [scored(*text.rsplit(" ", 1)[:1], " " + text.rsplit(" ", 1)[1]) for text in LAMBADA]
+    words = [scored(text.rpartition(" ")[0], " " + text.rpartition(" ")[2]) for text in LAMBADA]
     loss = sum(nats for word in words for nats, _ in word) / len(LAMBADA)
     assert lambada["loss_nats"] == pytest.approx(loss, rel=1e-5)
     assert lambada["perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
@@ -114,18 +116,17 @@ def test_examples_equal_naive_ones(tmp_path: Path, family: str) -> None:
 
 
 def test_a_last_word_is_right_when_each_of_its_tokens_is_the_first_choice(tmp_path: Path) -> None:
-    """A model that always says one token is right about words of that token, and half right is wrong."""
     model = save_model(tmp_path / "model", std=0.0)
     with torch.no_grad():
+        # It always says " the", whatever it reads.
         model.transformer.ln_f.bias[0] = 1.0
-        model.lm_head.weight[ord("x") - ord("!"), 0] = 5.0
+        model.lm_head.weight[WORDS.index("Ġthe"), 0] = 5.0
     model.save_pretrained(tmp_path / "model")
-    assert save_tokenizer(tmp_path / "again")("x")["input_ids"] == [ord("x") - ord("!")] or True
     path = tmp_path / "lambada"
-    path.write_text("".join(json.dumps({"text": f"a {word}"}) + "\n" for word in ("x", "xy", "y", "xx")))
-    row = evaluate(tmp_path / "model", corpus=(f"lambada={path}",))
-    # Every word begins with the token of a space, which is never said.
-    assert row["corpora"][0]["accuracy"] == 0.0
+    path.write_text("".join(json.dumps({"text": f"a {word}"}) + "\n" for word in ("the", "thee", "cat", "the")))
+    (figures,) = evaluate(tmp_path / "model", corpus=(f"lambada={path}",))["corpora"]
+    assert figures["accuracy"] == 0.5
+    assert figures["num_tokens"] == 1 + 2 + 4 + 1
 
 
 def test_blocks_are_predicted_by_themselves(tmp_path: Path) -> None:
@@ -162,7 +163,7 @@ def test_intervals_hold_their_figures_and_pairs_are_surer_than_each(tmp_path: Pa
     config = EvaluateConfig(
         models=(str(tmp_path / "one"), str(tmp_path / "two")),
         corpus=write_corpora(tmp_path),
-        window=8,
+        window=20,
         cache=reader.path,
         device="cpu",
         bootstrap=300,
@@ -226,7 +227,7 @@ def test_command_prints_and_writes_the_table_of_all_corpora(tmp_path: Path, caps
     for name in names:
         save_model(Path(name))
     corpora = write_corpora(tmp_path)
-    arguments = ["evaluate", "--models", names[0], "--models", names[1], "--window", "16", "--device", "cpu"]
+    arguments = ["evaluate", "--models", names[0], "--models", names[1], "--window", "20", "--device", "cpu"]
     arguments += [part for given in corpora for part in ("--corpus", given)]
     arguments += ["--sample", "the \x1b[1mcat", "--sample-tokens", "5", "--limit-examples", "2", "--seed", "3"]
     out = tmp_path / "new" / "report.json"

@@ -92,7 +92,23 @@ def _cache(rows: Sequence[Row]) -> list[list[str]]:
     teacher = ["(the teacher)", "", cells[0][2], _figure(cache["teacher_loss"])]
     teacher += [_figure(cache["teacher_perplexity"], 2), *[""] * (len(header) - 5)]
     place = f"{cache['cache']}, {_KL_WORDS[cache['kl_is']]} at temperature {cache['temperature']:g}"
-    return [[place, *_aligned([header, teacher, *cells])]]
+    return [[place, *_aligned([header, teacher, *cells]), *_cache_intervals(rows)]]
+
+
+def _cache_intervals(rows: Sequence[Row]) -> list[str]:
+    names = {"loss_nats": "loss", "perplexity": "perplexity", "ece": "ECE", "kl_to_teacher": "KL"}
+    names |= {"agreement": "agreement", "overlap": "overlap"}
+    found = [row["cache"]["intervals"] for row in rows]
+    if not any(found):
+        return []
+    cells = [["intervals, by block", *names.values()]]
+    for row, intervals in zip(rows, found, strict=True):
+        cells.append([row["name"], *(_range(intervals.get(name)) for name in names)])
+    return _aligned(cells)
+
+
+def _range(interval: Sequence[float] | None) -> str:
+    return "-" if interval is None else f"[{interval[0]:,.4f}, {interval[1]:,.4f}]"
 
 
 def _speed(rows: Sequence[Row]) -> list[list[str]]:
