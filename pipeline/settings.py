@@ -176,11 +176,6 @@ def _names(model: type[BaseModel]) -> list[str]:
     return sorted(model.model_fields, key=lambda name: (not model.model_fields[name].is_required(), name in shared))
 
 
-def _flag(name: str) -> str:
-    """What stands for a setting on the command line; one that is a word of Python ends with a line below."""
-    return "--" + name.rstrip("_").replace("_", "-")
-
-
 def _option(model: type[BaseModel], name: str) -> Callable[..., Any]:
     field = model.model_fields[name]
     flag = _flag(name)
