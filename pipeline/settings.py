@@ -209,12 +209,20 @@ def heading(model: type[BaseModel], name: str) -> str:
     begins = {
         field: topic for part in reversed(model.__mro__) for field, topic in vars(part).get("HEADINGS", {}).items()
     }
-    topic = OPTIONS
+    topic, owner = OPTIONS, None
     for field in model.model_fields:
+        # A topic ends with the fields of its class.
+        if owner is not (owner := _owner(model, field)):
+            topic = OPTIONS
         topic = begins.get(field, topic)
         if field == name:
             break
     return topic
+
+
+def _owner(model: type[BaseModel], field: str) -> type:
+    """The class that a setting comes from."""
+    return next(part for part in reversed(model.__mro__) if field in getattr(part, "model_fields", {}))
 
 
 def _holds_path(annotation: Any) -> bool:
