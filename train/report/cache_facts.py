@@ -81,7 +81,8 @@ def _sizes(reader: CacheReader, shards: Sequence[int], chosen: Sequence[int]) ->
     """Bytes and tokens of all committed shards, from those of the chosen ones; what is measured once per block."""
     manifest, specs = reader.manifest, array_specs(reader.manifest)
     num_bytes = dict.fromkeys(specs, 0)
-    names = ["block_lengths", "block_loss", "block_entropy"]
+    # What was imported has neither loss nor entropy of a teacher.
+    names = [name for name in ("block_lengths", "block_loss", "block_entropy") if name in specs]
     rows: dict[str, list[Array]] = {name: [] for name in names}
     with reader.read_ahead(names) as ahead:
         for at, shard in enumerate(chosen):
@@ -99,7 +100,8 @@ def _sizes(reader: CacheReader, shards: Sequence[int], chosen: Sequence[int]) ->
     tables = {part.name: reader.table_bytes(part.name) for part in manifest.encoding.tables(manifest.geometry)}
     arrays = {name: round(size * scale) for name, size in num_bytes.items()}
     # Blocks of one token have no loss of their own.
-    loss_B = np.concatenate(rows["block_loss"])[lengths_B > 1]
+    of_teacher = {name: np.concatenate(rows[name]) for name in names[1:]}
+    has_loss_B = lengths_B > 1
     return {
         "shards_read": len(chosen),
         "is_estimate": len(chosen) < len(shards),
@@ -109,8 +111,8 @@ def _sizes(reader: CacheReader, shards: Sequence[int], chosen: Sequence[int]) ->
         "arrays": arrays,
         "target_arrays": target_arrays(manifest),
         "tables": tables,
-        "block_entropy": _histogram(np.concatenate(rows["block_entropy"])),
-        "block_loss": _histogram(loss_B),
+        "block_entropy": _histogram(of_teacher["block_entropy"]) if of_teacher else None,
+        "block_loss": _histogram(of_teacher["block_loss"][has_loss_B]) if of_teacher else None,
     }
 
 

@@ -46,12 +46,9 @@ def _what(facts: dict[str, Any]) -> list[tuple[str, Cell]]:
         ("Fingerprint", words(facts["fingerprint"])),
         (
             "Teacher",
-            words(
-                f"{teacher['name']}: {teacher['model_type']}, {teacher['num_parameters']:,} parameters,"
-                f" vocabulary {teacher['vocab_size']:,}, width {teacher['hidden_size']:,}"
-            ),
+            words(f"{teacher['name']}: {_known(teacher)}vocabulary {teacher['vocab_size']:,}"),
         ),
-        ("Weights", words(f"sha256 {teacher['weights_sha256']}")),
+        ("Weights", words(f"sha256 {teacher['weights_sha256']}" if teacher["weights_sha256"] else "not known")),
         ("Corpus", words(f"{len(corpus['sources']):,} source(s), {corpus['num_documents']:,} documents")),
         ("Blocks", words(f"{blocks['num_blocks']:,} of {blocks['block_tokens']:,} tokens")),
         ("Targets", words(_encoding(facts["encoding"]))),
@@ -110,6 +107,14 @@ def _sizes(facts: dict[str, Any], plotter: Plotter | None) -> list[Any]:
         plot = plotter.bars(scaled, labels, shown=lambda value: size(value * scale).text, strong=strong)
         return [*blocks, Beside(blocks=(plot, table))]
     return [*blocks, table]
+
+
+def _known(teacher: dict[str, Any]) -> str:
+    """Architecture and sizes; what was imported has none."""
+    known = [] if teacher["model_type"] is None else [str(teacher["model_type"])]
+    known += [] if teacher["num_parameters"] is None else [f"{teacher['num_parameters']:,} parameters"]
+    known += [] if teacher["hidden_size"] is None else [f"width {teacher['hidden_size']:,}"]
+    return "".join(f"{part}, " for part in known)
 
 
 def _unit(largest: float) -> tuple[str, float]:
