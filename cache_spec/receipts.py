@@ -226,7 +226,9 @@ def receipts_digest(cache: Path, manifest: Manifest) -> str:
 
 def committed_shards(cache: Path, manifest: Manifest) -> list[int]:
     """Shards that have a receipt, ascending."""
-    return [s for s in range(manifest.blocks.num_shards) if receipt_path(cache, s).exists()]
+    folder = cache / RECEIPTS_FOLDER
+    names = set(os.listdir(folder)) if folder.is_dir() else set()
+    return [shard for shard in range(manifest.blocks.num_shards) if receipt_name(shard) in names]
 
 
 def refuse_absurd(cache: Path, manifest: Manifest) -> None:

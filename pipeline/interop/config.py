@@ -6,7 +6,7 @@ In: values from flags and recipes. Out: one frozen, checked object.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
@@ -20,6 +20,8 @@ _OF_PARQUET = ("temperature", "k", "logprobs", "tail", "shards_per_file")
 
 class ExportConfig(CopySettings):
     """What to write a cache's targets as, for programs that do not read caches."""
+
+    HEADINGS: ClassVar = {"cache": "Cache and export", "temperature": "Values"}
 
     cache: CacheAddress
     """Cache to export: its folder, or its address in a store."""
@@ -58,6 +60,13 @@ class ImportConfig(Record):
     """Which Parquet files to make a cache of, and what is declared of them."""
 
     model_config = ConfigDict(strict=False)
+
+    HEADINGS: ClassVar = {
+        "from_": "Files and cache",
+        "logprobs": "What the files hold",
+        "k": "What is kept",
+        "block_tokens": "Blocks",
+    }
 
     from_: tuple[Path, ...] = Field(min_length=1)
     """Parquet file, or folder of them; may be given more than once. Files are read in the order of their names."""

@@ -16,12 +16,11 @@ from pipeline import folder
 from pipeline.interop.columns_in import Columns, find_columns
 from pipeline.interop.config import ImportConfig
 from pipeline.interop.rows_in import Declared
+from pipeline.teacher_description import save_config, save_tokenizer
 from pipeline.teacher_files import (
     TeacherFiles,
     load_config,
     load_tokenizer,
-    save_config,
-    save_tokenizer,
     tokenizer_files,
     tokenizer_sha256,
 )

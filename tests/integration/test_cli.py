@@ -72,6 +72,13 @@ def test_the_whole_job_from_text_to_evaluated_student(
     )
     assert code == 0, err
     assert json.loads(out)["models"][0]["cache"]["kl_to_teacher"] > 0
+    (tmp_path / "evaluation.json").write_text(out)
+    shown = ["--cache", cache, "--run", run, "--evaluation", tmp_path / "evaluation.json"]
+    code, out, err = kdpipe(capsys, "report", *shown, "--out", tmp_path / "report.html", "--json")
+    assert code == 0, err
+    facts = json.loads(out)
+    assert facts["cache"]["fingerprint"] == facts["runs"][0]["fingerprint"]
+    assert facts["runs"][0]["steps"] == 8
 
 
 def test_flags_go_on_top_of_a_recipe(tmp_path: Path, teacher: Path, text: Path) -> None:

@@ -26,7 +26,10 @@ from tests.refusals import refused
 from train.family import check_family, plan_family, train_family
 from train.family_config import Family, read_family
 from train.family_plots import draw_family, require_matplotlib
+from train.family_report import figures_of
 from train.loop import train as train_one
+from train.report.config import ReportConfig
+from train.report.facts import report_facts
 
 RECIPE = Path(__file__).parent.parent / "family.yaml"
 NAMES = ["one-layer", "two-layers", "fresh"]
@@ -124,6 +127,10 @@ def test_a_family_is_trained_measured_and_left_alone_when_done(
     assert float(table[1]["perplexity_held-out.jsonl"]) == rows[1]["evaluation"]["texts"][0]["perplexity"]
     assert float(table[1]["ptb_word_perplexity"]) == rows[1]["evaluation"]["corpora"][0]["word_perplexity"]
     assert (out / "family.md").read_text().count("\n| ") == 2 + len(NAMES)
+    shown = report_facts(ReportConfig(out=out / "report.html", family=out))
+    assert [run["name"] for run in shown["runs"]] == NAMES
+    for row, student in zip(rows, shown["family"]["students"], strict=True):
+        assert figures_of(student) == figures_of(row)
 
     def unexpected(*args: object, **kwargs: object) -> None:
         raise AssertionError("nothing is new")

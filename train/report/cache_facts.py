@@ -48,6 +48,7 @@ def cache_facts(config: ReportConfig) -> dict[str, Any]:
             include={"teacher", "tokenizer", "corpus", "blocks", "encoding", "hidden", "compute", "provenance"},
         ),
         "temperatures": list(manifest.temperatures),
+        "imported": None if manifest.imported is None else manifest.imported.model_dump(mode="json"),
         "masking": None if manifest.masking is None else manifest.masking.model_dump(mode="json"),
         "seed": config.seed,
         "sizes": None,
@@ -81,7 +82,7 @@ def _sizes(reader: CacheReader, shards: Sequence[int], chosen: Sequence[int]) ->
     """Bytes and tokens of all committed shards, from those of the chosen ones; what is measured once per block."""
     manifest, specs = reader.manifest, array_specs(reader.manifest)
     num_bytes = dict.fromkeys(specs, 0)
-    # What was imported has neither loss nor entropy of a teacher.
+    # Imported caches know neither of the last two.
     names = [name for name in ("block_lengths", "block_loss", "block_entropy") if name in specs]
     rows: dict[str, list[Array]] = {name: [] for name in names}
     with reader.read_ahead(names) as ahead:
@@ -99,9 +100,6 @@ def _sizes(reader: CacheReader, shards: Sequence[int], chosen: Sequence[int]) ->
     num_tokens = manifest.corpus.num_tokens if is_sealed else round(scale * int(lengths_B.sum()))
     tables = {part.name: reader.table_bytes(part.name) for part in manifest.encoding.tables(manifest.geometry)}
     arrays = {name: round(size * scale) for name, size in num_bytes.items()}
-    # Blocks of one token have no loss of their own.
-    of_teacher = {name: np.concatenate(rows[name]) for name in names[1:]}
-    has_loss_B = lengths_B > 1
     return {
         "shards_read": len(chosen),
         "is_estimate": len(chosen) < len(shards),
@@ -111,8 +109,9 @@ def _sizes(reader: CacheReader, shards: Sequence[int], chosen: Sequence[int]) ->
         "arrays": arrays,
         "target_arrays": target_arrays(manifest),
         "tables": tables,
-        "block_entropy": _histogram(of_teacher["block_entropy"]) if of_teacher else None,
-        "block_loss": _histogram(of_teacher["block_loss"][has_loss_B]) if of_teacher else None,
+        "block_entropy": _of_blocks(rows.get("block_entropy", [])),
+        # Blocks of one token have no loss of their own.
+        "block_loss": _of_blocks(rows.get("block_loss", []), lengths_B > 1),
     }
 
 
@@ -165,6 +164,13 @@ def _head_mass(top: Tops) -> list[dict[str, float]]:
 def _summary(values_N: Array) -> dict[str, float]:
     low, middle, high = np.quantile(values_N, [0.1, 0.5, 0.9]).tolist()
     return {"mean": float(values_N.mean()), "p10": low, "p50": middle, "p90": high}
+
+
+def _of_blocks(parts: Sequence[Array], chosen_B: Array | None = None) -> dict[str, Any] | None:
+    if not parts:
+        return None
+    values_B = np.concatenate(parts)
+    return _histogram(values_B if chosen_B is None else values_B[chosen_B])
 
 
 def _histogram(values: Array) -> dict[str, Any] | None:

@@ -46,14 +46,19 @@ def _what(facts: dict[str, Any]) -> list[tuple[str, Cell]]:
         ("Fingerprint", words(facts["fingerprint"])),
         (
             "Teacher",
-            words(f"{teacher['name']}: {_known(teacher)}vocabulary {teacher['vocab_size']:,}"),
+            words(
+                f"{teacher['name']}: {_known(teacher['model_type'])}, {_known(teacher['num_parameters'])} parameters,"
+                f" vocabulary {teacher['vocab_size']:,}, width {_known(teacher['hidden_size'])}"
+            ),
         ),
-        ("Weights", words(f"sha256 {teacher['weights_sha256']}" if teacher["weights_sha256"] else "not known")),
+        ("Weights' sha256", words(_known(teacher["weights_sha256"]))),
         ("Corpus", words(f"{len(corpus['sources']):,} source(s), {corpus['num_documents']:,} documents")),
         ("Blocks", words(f"{blocks['num_blocks']:,} of {blocks['block_tokens']:,} tokens")),
         ("Targets", words(_encoding(facts["encoding"]))),
         ("Temperatures", words(", ".join(f"{t:g}" for t in facts["temperatures"]))),
     ]
+    if (imported := facts["imported"]) is not None:
+        items.append(("Imported", words(f"log-probabilities, {imported['logprobs']}, by no teacher that ran for it")))
     if (masking := facts["masking"]) is not None:
         kept = "these" if masking["positions"] == "masked" else "all"
         items.append(("Masked", words(f"{masking['probability']:g} of a block's tokens, targets of {kept}")))
@@ -69,6 +74,10 @@ def _what(facts: dict[str, Any]) -> list[tuple[str, Cell]]:
     state = "finished" if facts["finished"] else "not finished"
     items.append(("Shards", words(f"{facts['shards_done']:,} of {facts['shards_planned']:,}, {state}")))
     return items
+
+
+def _known(value: int | str | None) -> str:
+    return "unknown" if value is None else value if isinstance(value, str) else f"{value:,}"
 
 
 def _encoding(encoding: dict[str, Any]) -> str:
@@ -109,14 +118,6 @@ def _sizes(facts: dict[str, Any], plotter: Plotter | None) -> list[Any]:
     return [*blocks, table]
 
 
-def _known(teacher: dict[str, Any]) -> str:
-    """Architecture and sizes; what was imported has none."""
-    known = [] if teacher["model_type"] is None else [str(teacher["model_type"])]
-    known += [] if teacher["num_parameters"] is None else [f"{teacher['num_parameters']:,} parameters"]
-    known += [] if teacher["hidden_size"] is None else [f"width {teacher['hidden_size']:,}"]
-    return "".join(f"{part}, " for part in known)
-
-
 def _unit(largest: float) -> tuple[str, float]:
     name = size(largest).text.rpartition(" ")[2]
     return name, 1000.0 ** ("B", "kB", "MB", "GB", "TB", "PB").index(name)
@@ -134,7 +135,7 @@ def _teacher_on_text(facts: dict[str, Any], plotter: Plotter | None) -> list[Any
         text = (
             f"Distributions are those of {sample['positions']:,} positions in {sample['blocks']:,} blocks, spread"
             f" evenly over the shards that are there (seed {facts['seed']}). Entropies of positions are"
-            f" {sample['entropy_is']}; those of blocks are the teacher's own."
+            f" {sample['entropy_is']}" + ("." if facts["imported"] else "; those of blocks are the teacher's own.")
         )
         blocks.append(Note(text=text))
         blocks += _head_mass(facts, sample, plotter)
@@ -206,7 +207,7 @@ def _head_mass(facts: dict[str, Any], sample: dict[str, Any], plotter: Plotter |
             figures.append(plotter.lines([line], labels, from_zero=True))
         blocks.append(beside(*figures))
     tables: list[Any] = [
-        Table(caption=f"{title}, mean", headings=("temperature", *(f"K = {k}" for k in some)), rows=rows)
+        Table(caption=f"{title}, mean", headings=("temperature", *(f"K\u00a0=\u00a0{k}" for k in some)), rows=rows)
     ]
     if tail:
         tail_rows = [
@@ -216,7 +217,8 @@ def _head_mass(facts: dict[str, Any], sample: dict[str, Any], plotter: Plotter |
         headings = ("temperature", "outside of", "mean", "10%", "50%", "90%")
         tables.append(Table(caption="Tail mass by temperature", headings=headings, rows=tail_rows))
     else:
-        tables.append(Note(text=f"The encoding {encoding} keeps no mass of a tail."))
+        why = "Log-probabilities that were renormalised tell" if facts["imported"] else f"The encoding {encoding} keeps"
+        tables.append(Note(text=f"{why} no mass of a tail."))
     return [*blocks, Beside(blocks=tables)]
 
 
@@ -249,7 +251,7 @@ def _particulars(facts: dict[str, Any]) -> list[Any]:
     blocks: list[Any] = [Table(caption="Sources", headings=("source", "size", "sha256 begins"), rows=rows)]
     if more:
         blocks.append(Note(text=f"{more:,} more sources are not shown."))
-    records = ("corpus", "blocks", "encoding", "hidden", "masking", "compute", "tokenizer", "provenance")
+    records = ("corpus", "blocks", "encoding", "hidden", "masking", "imported", "compute", "tokenizer", "provenance")
     items = [
         (f"{record}.{name}", words(value))
         for record in records

@@ -6,7 +6,7 @@ Nothing here imports torch or a plotting library: the command line builds its op
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Self
+from typing import ClassVar, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
@@ -19,6 +19,8 @@ class ReportConfig(CopySettings):
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, validate_default=True
     )
+
+    HEADINGS: ClassVar = {"out": "The page", "cache": "What is shown", "title": "How it is shown"}
 
     out: Path
     """The HTML file to write."""

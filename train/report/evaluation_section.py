@@ -9,6 +9,7 @@ from train.report.plots import Plotter, Words, beside
 from train.report.tables import (
     Cell,
     FactList,
+    Note,
     Samples,
     Section,
     Table,
@@ -73,7 +74,7 @@ def _label(part: Mapping[str, Any], kind: str) -> str:
     windows = [
         f"{name} {part[key]:,}" for key, name in (("window_tokens", "window"), ("stride", "stride")) if part[key]
     ]
-    known = [part["corpus"], part["protocol"], part["mode"], *windows]
+    known = [part["corpus"], part["mode"], *windows]
     return ", ".join(str(value) for value in dict.fromkeys(known) if value)
 
 
@@ -101,11 +102,32 @@ def _models_table(models: Models, names: Sequence[str]) -> Table:
 
 
 def _compared(label: str, found: Sequence[tuple[str, Mapping[str, Any]]], plotter: Plotter | None) -> list[Any]:
-    blocks: list[Any] = [_figures_table(label, found)]
+    protocols = dict.fromkeys(_protocol(part) for _, part in found if part.get("protocol"))
+    notes = [Note(text=protocol) for protocol in protocols]
+    blocks: list[Any] = [_figures_table(label, found), *notes, *_differences(found)]
     name = next((n for n in ("loss_nats", "accuracy") if any(part.get(n) is not None for _, part in found)), None)
     if plotter is not None and name is not None:
         blocks.append(_bars(label, name, found, plotter))
     return blocks
+
+
+def _protocol(part: Mapping[str, Any]) -> str:
+    units = f"{part['num_units']:,} units of one {part['interval_unit']} each" if part["num_units"] else ""
+    return "; ".join(str(value) for value in (part["protocol"], part["source"], units) if value) + "."
+
+
+def _differences(found: Sequence[tuple[str, Mapping[str, Any]]]) -> list[Table]:
+    """How much more each model has than the first, where both were measured on the same tokens."""
+    told = [(model, difference) for model, part in found if (difference := part.get("difference"))]
+    if not told:
+        return []
+    names = [n for n in ("loss_nats", "accuracy") if any(difference[n] is not None for _, difference in told)]
+    rows = [
+        (words(model), *(with_interval(difference[n], difference["intervals"].get(n)) for n in names))
+        for model, difference in told
+    ]
+    headings = ("model", *(_COMMON[name][0] for name in names))
+    return [Table(caption=f"More than {bare(told[0][1]['to'])}, with intervals of pairs", headings=headings, rows=rows)]
 
 
 def _figures_table(
@@ -125,7 +147,6 @@ def _figures_table(
 
 
 def _figure(part: Mapping[str, Any], name: str) -> Cell:
-    # Of a cache's figures, commands may call an interval by the shorter name of the metrics.
     return with_interval(part[name], part["intervals"].get(name), _COMMON[name][1]) if name in part else Cell("")
 
 

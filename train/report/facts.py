@@ -92,8 +92,9 @@ def happened(plan: Plan, cache: Mapping[str, Any] | None, runs: Sequence[Mapping
         note = "" if cache["finished"] else "the cache is not finished"
         row("cache: tokens", "tokens", plan.cache.tokens, sizes["tokens"], note)
         row("cache: bytes", "bytes", plan.cache.bytes, sizes["bytes"], note)
-        for name, planned in plan.cache.bytes_by_array.items():
-            row(f"cache: {name}", "bytes", planned, sizes["arrays"].get(name), note)
+        real = {**sizes["arrays"], **sizes["tables"]}
+        for name, planned in {**plan.cache.bytes_by_array, **plan.cache.bytes_by_table}.items():
+            row(f"cache: {name}", "bytes", planned, real.get(name), note)
     if plan.capture is not None:
         row("capture: time", "hours", plan.capture.hours, None, "a cache does not record how long its capture took")
     for student in plan.students:
@@ -104,6 +105,7 @@ def happened(plan: Plan, cache: Mapping[str, Any] | None, runs: Sequence[Mapping
         note = "" if run["finished"] else f"not finished: step {run['steps']} of {run['total_steps']}"
         hours = run["seconds"] / 3600 if run["finished"] and run["seconds"] is not None else None
         row(f"{student.name}: parameters", "parameters", student.parameters, run["parameters"])
+        row(f"{student.name}: tokens", "tokens", student.tokens, run["tokens"], note)
         row(f"{student.name}: training", "hours", student.hours, hours, note)
         row(f"{student.name}: speed", "tokens/s", student.tokens_per_s, run["tokens_per_s"], note)
     return rows

@@ -52,6 +52,15 @@ class CacheFigures(_Part):
     intervals: dict[str, Interval] = {}
 
 
+class Difference(_Part):
+    """How much more a model has than the first one, on the same tokens."""
+
+    to: str
+    loss_nats: float | None = None
+    accuracy: float | None = None
+    intervals: dict[str, Interval] = {}
+
+
 class CorpusFigures(_Part):
     """A model on a corpus by a stated protocol."""
 
@@ -64,6 +73,7 @@ class CorpusFigures(_Part):
     num_tokens: int | None = None
     num_words: int | None = None
     num_examples: int | None = None
+    num_units: int | None = None
     loss_nats: float | None = None
     perplexity: float | None = None
     word_perplexity: float | None = None
@@ -72,6 +82,7 @@ class CorpusFigures(_Part):
     intervals: dict[str, Interval] = {}
     interval_unit: str | None = None
     sampled: Any = None
+    difference: Difference | None = None
 
 
 class SpeedFigures(_Part):
@@ -149,9 +160,11 @@ class PlannedCache(_Part):
     """The cache that was planned."""
 
     tokens: float
+    tokens_certainty: str | None = None
     bytes: float | None = None
     bytes_by_array: dict[str, float] = {}
-    table_bytes: Any = None
+    bytes_by_table: dict[str, float] = {}
+    """Of what is stored once."""
 
 
 class PlannedCapture(_Part):
@@ -173,6 +186,9 @@ class PlannedStudent(_Part):
 
     name: str
     parameters: int | None = None
+    epochs: float | None = None
+    tokens: float | None = None
+    """Seen in all epochs."""
     hours_per_epoch: float | None = None
     hours: float | None = None
     tokens_per_s: float | None = None
@@ -188,18 +204,29 @@ class CurvePoint(_Part):
     ways: dict[str, dict[str, Any]]
 
 
+class HoursPoint(CurvePoint):
+    """What so many students could learn in some hours."""
+
+    hours: float
+
+
 class Plan(_Part):
     """What ``kdpipe plan --json`` says."""
 
     assumptions: tuple[Assumption, ...] = ()
     calibrated: bool = False
+    device: Any = None
+    num_devices: int | None = None
+    teacher: dict[str, Any] = {}
     cache: PlannedCache
     capture: PlannedCapture | None = None
     students: tuple[PlannedStudent, ...] = ()
     totals: dict[str, Any] = {}
     break_even: Any = None
     budget: dict[str, Any] | None = None
+    fits_in_memory: bool | None = None
     curve: tuple[CurvePoint, ...] | None = None
+    loss_by_hours: tuple[HoursPoint, ...] | None = None
 
 
 Kind = TypeVar("Kind", bound=_Part)

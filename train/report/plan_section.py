@@ -6,14 +6,28 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from train.report.plots import Line, Plotter, Words, beside
-from train.report.tables import Cell, FactList, Section, Table, as_text, count, figure, hours, percent, size, words
+from train.report.tables import (
+    Cell,
+    FactList,
+    Plots,
+    Section,
+    Table,
+    as_text,
+    count,
+    figure,
+    hours,
+    percent,
+    size,
+    words,
+)
+
+_WAYS = ("cached", "online", "cross_entropy")
 
 
 def plan_section(plan: Mapping[str, Any], happened: Sequence[Mapping[str, Any]], plotter: Plotter | None) -> Section:
     """What was planned, what became of it, and what it was planned from."""
     section = Section(key="plan", title="Plan against what happened")
-    how = "calibrated on the machine" if plan["calibrated"] else "by formula"
-    section.blocks.append(FactList(items=[("File", words(plan["file"])), ("Estimated", words(how))]))
+    section.blocks.append(FactList(items=_what(plan)))
     rows = [
         (
             words(row["what"]),
@@ -27,18 +41,43 @@ def plan_section(plan: Mapping[str, Any], happened: Sequence[Mapping[str, Any]],
     headings = ("what", "planned", "happened", "difference", "note")
     section.blocks.append(Table(caption="Planned and happened", headings=headings, rows=rows))
     section.blocks.extend(_ways(plan, plotter))
-    facts = [
-        (f"{part}: {name}".replace("_", " "), words(as_text(v)))
-        for part in ("totals", "break_even", "budget")
-        for name, v in _items(plan[part])
-    ]
-    if facts:
-        section.blocks.append(FactList(items=facts))
+    section.blocks.extend(_totals(plan))
     if plan["assumptions"]:
         columns = ("name", "value", "unit", "source")
         assumed = [[words(as_text(assumption[key])) for key in columns] for assumption in plan["assumptions"]]
         section.blocks.append(Table(caption="Assumptions", headings=columns, rows=assumed))
     return section
+
+
+def _what(plan: Mapping[str, Any]) -> list[tuple[str, Cell]]:
+    device = plan["device"] or {}
+    where = f"{plan['num_devices'] or 1} x {device.get('name', 'device')}, by formula"
+    items = [
+        ("File", words(plan["file"])),
+        ("Estimated for", words("this machine, measured" if plan["calibrated"] else where)),
+        ("Teacher", words(plan["teacher"].get("name"))),
+        ("Tokens", words(f"{plan['cache']['tokens']:,.0f} ({plan['cache']['tokens_certainty'] or 'as given'})")),
+    ]
+    even = _mapping(_mapping(plan["break_even"]).get("words")) or _mapping(plan["break_even"])
+    told = ", ".join(f"{name} {as_text(even[name])}" for name in ("students", "epochs") if name in even)
+    items.append(("Break-even with online distillation", words(told)))
+    budget = _mapping(plan["budget"])
+    items += [(f"Budget: {name}".replace("_", " "), words(as_text(value))) for name, value in budget.items()]
+    if plan["fits_in_memory"] is not None:
+        items.append(("Fits in memory", words("yes" if plan["fits_in_memory"] else "no")))
+    return items
+
+
+def _totals(plan: Mapping[str, Any]) -> list[Table]:
+    """Hours, money, energy and carbon dioxide of all ways."""
+    totals = plan["totals"]
+    rows = [[Cell("time"), *(hours(_number(totals.get(f"{way}_hours"))) for way in _WAYS)]]
+    for name, heading in (("money", "money"), ("kwh", "kWh"), ("co2_kg", "kg of CO2")):
+        of = _mapping(totals.get(name))
+        if of:
+            rows.append([Cell(heading), *(figure(_number(of.get(way)), 2) for way in _WAYS)])
+    headings = ("in all", "from the cache", "online distillation", "cross-entropy")
+    return [Table(caption="Planned in all", headings=headings, rows=rows)] if totals else []
 
 
 def _in_unit(value: float | None, unit: str) -> Cell:
@@ -49,8 +88,8 @@ def _in_unit(value: float | None, unit: str) -> Cell:
     return figure(value, 1) if unit == "tokens/s" else count(value)
 
 
-def _items(part: object) -> list[tuple[str, Any]]:
-    return list(part.items()) if isinstance(part, dict) else []
+def _mapping(part: object) -> dict[str, Any]:
+    return part if isinstance(part, dict) else {}
 
 
 def _ways(plan: Mapping[str, Any], plotter: Plotter | None) -> list[Any]:
@@ -82,28 +121,38 @@ def _ways(plan: Mapping[str, Any], plotter: Plotter | None) -> list[Any]:
             "peak memory",
         )
         blocks.append(Table(caption="Planned training of each student", headings=headings, rows=rows))
-    curve: Sequence[Mapping[str, Any]] = plan["curve"] or ()
-    names = dict.fromkeys(name for point in curve for name in point["ways"])
-    lines = [
-        Line(
-            label=name.replace("_", " "),
-            x=[_number(point["ways"].get(name, {}).get("hours")) for point in curve],
-            y=[_number(point["ways"].get(name, {}).get("loss")) for point in curve],
-        )
-        for name in names
-    ]
-    if plotter is not None and lines:
-        caption = f"From {curve[0]['students']:g} to {curve[-1]['students']:g} students."
-        title = "Loss to expect by hours in all"
-        labels = Words(title=title, x="hours in all", y="held-out loss (nats)", caption=caption)
-        by_loss = plotter.lines(lines, labels)
-        numbers = [point["students"] for point in curve]
-        labels = Words(title="Hours by number of students", x="students", y="hours in all", caption="As planned.")
-        by_number = plotter.lines(
-            [Line(label=line.label, x=numbers, y=line.x) for line in lines], labels, from_zero=True
-        )
-        blocks.append(beside(by_loss, by_number))
+    if plotter is not None:
+        blocks.append(beside(*_curves(plan, plotter)))
     return blocks
+
+
+def _curves(plan: Mapping[str, Any], plotter: Plotter) -> list[Plots]:
+    """Hours and loss by the number of students, and the loss of all students by the hours that they are given."""
+    curve: Sequence[Mapping[str, Any]] = plan["curve"] or ()
+    by_hours: Sequence[Mapping[str, Any]] = plan["loss_by_hours"] or ()
+    most = max((point["students"] for point in by_hours), default=0)
+    by_hours = [point for point in by_hours if point["students"] == most]
+    numbers = [point["students"] for point in curve]
+    hours_given = [point["hours"] for point in by_hours]
+    label = "held-out loss (nats)"
+    plots = []
+    if len(curve) > 1:
+        labels = Words(title="Time by number of students", x="students", y="hours in all", caption="As planned.")
+        plots.append(plotter.lines(_by_way(curve, "hours", numbers), labels, from_zero=True))
+        labels = Words(title="Mean loss by number of students", x="students", y=label, caption="By a model of it.")
+        plots.append(plotter.lines(_by_way(curve, "loss", numbers), labels))
+    caption = f"Mean of {most:g} student(s), by a model of it, as far as that reaches."
+    labels = Words(title="Loss by hours in all", x="hours in all (logarithmic)", y=label, caption=caption)
+    plots.append(plotter.lines(_by_way(by_hours, "loss", hours_given), labels, log_x=True))
+    return plots
+
+
+def _by_way(points: Sequence[Mapping[str, Any]], name: str, x: Sequence[float]) -> list[Line]:
+    ways = dict.fromkeys(way for point in points for way in point["ways"])
+    return [
+        Line(label=way.replace("_", " "), x=x, y=[_number(point["ways"].get(way, {}).get(name)) for point in points])
+        for way in ways
+    ]
 
 
 def _number(value: object) -> float | None:

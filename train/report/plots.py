@@ -20,6 +20,7 @@ _WIDTH_INCHES, _HEIGHT_INCHES, _BAR_INCHES = 5.0, 3.0, 0.26
 _DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)))
 _SHAPES = "osD^vP"
 _LONGEST_NAME = 26
+_MANY = 10_000
 _SETTINGS = {
     "svg.fonttype": "none",
     "svg.hashsalt": "kdpipe",
@@ -224,6 +225,9 @@ class Plotter:
             axes = figure.add_subplot()
             axes.grid(axis=grid)
             draw(axes)
+            for axis in (axes.xaxis, axes.yaxis):
+                if axis.get_scale() == "linear" and max(map(abs, axis.get_view_interval())) >= _MANY:
+                    axis.set_major_formatter(self._ticker.EngFormatter(sep=""))
             axes.set(xlabel=words.x, ylabel=words.y)
             axes.set_title(words.title)
             about = words.description or f"{words.y or 'values'} by {words.x}. {words.caption}".strip()

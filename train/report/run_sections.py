@@ -14,6 +14,7 @@ from train.report.tables import (
     Note,
     Section,
     Table,
+    as_text,
     count,
     figure,
     hours,
@@ -125,10 +126,12 @@ def _run(run: Mapping[str, Any], plotter: Plotter | None) -> list[Any]:
         ("Cache's fingerprint", words(run["fingerprint"])),
         ("Ended by", words(run["stopped_by"] if run["finished"] else "not yet")),
     ]
-    facts += [(f"student: {name}", words(value)) for name, value in run["student"].items()]
+    student = [(f"student: {name}", words(as_text(value))) for name, value in run["student"].items()]
     settings = [(name, words(value)) for name, value in run["settings"].items()]
     versions = [(name, words(value)) for name, value in run["versions"].items()]
-    folded = Details(summary="Settings and versions", blocks=[FactList(items=[*settings, *versions])])
+    folded = Details(
+        summary="Student, settings and versions", blocks=[FactList(items=[*student, *settings, *versions])]
+    )
     return [*blocks, FactList(items=facts), folded]
 
 
@@ -176,8 +179,6 @@ def family_section(family: Mapping[str, Any], plotter: Plotter | None) -> Sectio
 def _students_table(students: Sequence[Mapping[str, Any]], known: Mapping[str, Mapping[str, Any]]) -> Table:
     headings = (
         "student",
-        "control of",
-        "state",
         "parameters",
         "loss",
         "perplexity",
@@ -194,14 +195,12 @@ def _students_table(students: Sequence[Mapping[str, Any]], known: Mapping[str, M
     teacher = next((c for s in students if (c := (s["evaluation"] or {}).get("cache")) and c["teacher_loss"]), None)
     if teacher is not None:
         own = (figure(teacher["teacher_loss"]), figure(teacher["teacher_perplexity"], 2))
-        rows.append((Cell("(the teacher)"), *[Cell("")] * 3, *own, *[Cell("")] * 8))
+        rows.append((Cell("(the teacher)"), Cell(""), *own, *[Cell("")] * 8))
     for student in students:
         row = known[student["name"]]
         rows.append(
             (
-                words(student["name"]),
-                words(student["control_of"]),
-                words(student["status"]),
+                words(student["name"] + ("" if student["status"] == "done" else f" ({student['status']})")),
                 count(row["parameters"]),
                 figure(row["loss"]),
                 figure(row["perplexity"], 2),

@@ -9,7 +9,7 @@ Legend of axes: B blocks, T tokens, N positions, K listed tokens, V vocabulary, 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -106,7 +106,10 @@ def read_tops(reader: CacheReader, positions: Positions, temperature: float) -> 
         row_N, at_N = np.searchsorted(some, positions.block_N[inside]), positions.at_N[inside]
         batch = reader.batch(some, temperature, with_hidden=False)
         parts.append(_tops(batch.targets, row_N, at_N, temperature, head))
-    return _joined(parts)
+    tops = _joined(parts)
+    imported = reader.manifest.imported
+    # Nothing is known of what renormalised values left out.
+    return tops if imported is None or imported.logprobs == "full" else replace(tops, outside_N=None)
 
 
 def _tops(
@@ -116,7 +119,7 @@ def _tops(
         return _of_head(targets, row_N, at_N, temperature)
     if isinstance(targets, PointTargets):
         return _of_points(targets, row_N, at_N)
-    assert head is not None
+    assert head is not None  # the encoding is hidden
     pieces = [slice(start, start + _DENSE_ROWS) for start in range(0, len(row_N), _DENSE_ROWS)]
     return _joined([_of_hidden(targets, row_N[piece], at_N[piece], temperature, *head) for piece in pieces])
 
