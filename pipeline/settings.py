@@ -165,15 +165,15 @@ def recipe_path(name: str) -> Path:
     return path
 
 
+def _flag(name: str) -> str:
+    """The flag of a setting; one that is a word of the language is a field that ends in an underscore."""
+    return "--" + name.removesuffix("_").replace("_", "-")
+
+
 def _names(model: type[BaseModel]) -> list[str]:
     """The settings of a command: what must be given comes first, and a class's own before those it shares."""
     shared = {name for part in model.__mro__[1:] for name in getattr(part, "model_fields", {})}
     return sorted(model.model_fields, key=lambda name: (not model.model_fields[name].is_required(), name in shared))
-
-
-def _flag(name: str) -> str:
-    """What stands for a setting on the command line; one that is a word of Python ends with a line below."""
-    return "--" + name.rstrip("_").replace("_", "-")
 
 
 def _option(model: type[BaseModel], name: str) -> Callable[..., Any]:

@@ -9,6 +9,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from cache_spec.durable import make_folder, writing
 from cache_spec.errors import BadInputError
 from cache_spec.manifest import TokenizerInfo
 from pipeline import folder
@@ -88,10 +89,11 @@ class Source:
         """The cache's small files that are not about its arrays: path to content."""
         scratch = self.config.out / folder.STAGING_NAME / "description"
         shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir(parents=True)
-        save_tokenizer(self.tokenizer_files, scratch)
-        if self.config_files is not None:
-            save_config(self.config_files, scratch)
+        make_folder(scratch)
+        with writing(scratch):
+            save_tokenizer(self.tokenizer_files, scratch)
+            if self.config_files is not None:
+                save_config(self.config_files, scratch)
         found = (path for path in sorted(scratch.rglob("*")) if path.is_file())
         return {path.relative_to(scratch).as_posix(): path.read_bytes() for path in found}
 

@@ -1,11 +1,17 @@
 """A cache opened by another implementation, from ``SPEC.md`` alone, has the values that our reader gives.
 
-In: every golden cache, TensorStore. Out: equal arrays, equal distributions at every declared temperature.
+In: every golden cache, TensorStore, and zarrita where ``KDPIPE_NODE_MODULES`` names a folder that has it. Out: equal
+arrays, equal distributions at every declared temperature.
 """
 
 from __future__ import annotations
 
 import ast
+import hashlib
+import json
+import os
+import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +56,24 @@ def test_decoding_by_the_specification_gives_the_readers_distributions(path: Pat
                 )
                 expected_JV = np.where(outside_JV, 0, expected_JV)
             np.testing.assert_allclose(found_JV, expected_JV, rtol=2e-5, atol=1e-7)
+
+
+@pytest.mark.skipif("KDPIPE_NODE_MODULES" not in os.environ, reason="zarrita is not named: KDPIPE_NODE_MODULES")
+@CASES
+def test_zarrita_reads_the_same_values(path: Path, tmp_path: Path) -> None:
+    script = shutil.copy(Path(__file__).with_name("zarrita.mjs"), tmp_path)
+    (tmp_path / "node_modules").symlink_to(Path(os.environ["KDPIPE_NODE_MODULES"]).resolve())
+    run = subprocess.run(["node", script, str(path.resolve())], capture_output=True, text=True, check=True)
+    found, reader = json.loads(run.stdout), CacheReader.open(path)
+    expected = {name: reader.read(name, range(spec.num_blocks)) for name, spec in reader.specs.items()}
+    expected |= {name: reader.table(name) for name in reader.manifest.tables}
+    # Before version 24, Node has no 16-bit floats.
+    assert {expected[name].dtype.name for name in expected.keys() - found.keys()} <= {"float16"}
+    assert len(found) >= 4
+    for name, array in found.items():
+        values = expected[name]
+        assert array["shape"] == list(values.shape), name
+        assert array["sha256"] == hashlib.sha256(np.ascontiguousarray(values).tobytes()).hexdigest(), name
 
 
 @CASES

@@ -137,3 +137,25 @@ def test_a_fault_is_one_line_and_an_exit_code(
     assert said in error
     assert "Traceback" not in error
     assert code == 2 or len(error.strip().splitlines()) == 1
+
+
+def test_a_recipe_names_the_files_as_the_flag_does(folder: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    export = folder / "export"
+    recipe.write_text(f"import:\n  from: {export / 'data'}\n  tokenizer: {export / 'tokenizer'}\n  k: 2\n")
+    assert cli.run(["import", "--config", str(recipe), "--out", str(tmp_path / "cache")]) == 0
+    assert json.loads((tmp_path / "cache" / "manifest.json").read_bytes())["encoding"]["k"] == 2
+
+
+def test_other_commands_do_without_what_is_not_known(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache = str(folder / "imported")
+    page = tmp_path / "report.html"
+    assert cli.run(["report", "--cache", cache, "--out", str(page)]) == 0
+    assert "not known" in page.read_text()
+    capsys.readouterr()
+    assert cli.run(["transcode", cache, "--k", "2", "--out", str(tmp_path / "small"), "--dry-run"]) == 0
+    assert "imported log-probabilities" in capsys.readouterr().out
+    assert cli.run(["inspect", cache]) == 0
+    assert "tail bucket or renormalise" in capsys.readouterr().out

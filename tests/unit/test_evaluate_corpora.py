@@ -32,6 +32,7 @@ from tests.refusals import refusal
 from train.evaluation.config import CORPORA, EvaluateConfig
 from train.evaluation.corpora import read_corpus
 from train.evaluation.evaluate import evaluate_models
+from train.evaluation.tables import table
 
 EOS = 256
 
@@ -250,6 +251,19 @@ def test_command_prints_and_writes_the_table_of_all_corpora(tmp_path: Path, caps
     assert not any("\x1b" in line for line in lines)
     assert run([*arguments[:3], "--corpus", "wikitext"]) == 2
     assert run([*arguments[:3], "--corpus", "ptb", "--json", "--out", str(tmp_path)]) == 3
+
+
+def test_speed_is_shown_beside_the_first_models() -> None:
+    speed = {"prompt_tokens": 8, "prefill_tokens_per_s": 100.0, "decode_tokens_per_s": 10.0, "first_token_s": 0.08}
+    speed |= {"token_s": 0.1, "peak_bytes": 5e8}
+    row = {"name": "a", "parameters": 1000, "file_bytes": 4000000, "texts": [], "cache": None, "corpora": []}
+    row |= {"speed": speed, "samples": [], "harness": None}
+    faster = {**speed, "decode_tokens_per_s": 16.0, "prefill_tokens_per_s": 250.0, "peak_bytes": None}
+    bootstrap = {"resamples": 0, "level": 0.95, "seed": 0}
+    lines = table({"models": [row, {**row, "name": "b", "speed": faster}], "bootstrap": bootstrap})
+    assert lines[0].endswith("times: those of a")
+    assert lines[2].split() == ["a", "1,000", "4.0", "100", "1.00", "10.0", "1.00", "80.0", "100.0", "500"]
+    assert lines[3].split() == ["b", "1,000", "4.0", "250", "2.50", "16.0", "1.60", "80.0", "100.0", "-"]
 
 
 # --- what models write

@@ -115,11 +115,11 @@ def _speed(rows: Sequence[Row]) -> list[list[str]]:
     if rows[0]["speed"] is None:
         return []
     first = rows[0]["speed"]
-    header = ["model", "parameters", "weights MB", "prefill tokens/s", "decode tokens/s", "x decode", "first token ms"]
-    cells = [[*header, "token ms", "peak MB"]]
+    header = ["model", "parameters", "weights MB", "prefill tokens/s", "times", "decode tokens/s", "times"]
+    cells = [[*header, "first token ms", "token ms", "peak MB"]]
     for row in rows:
         speed = row["speed"]
-        times = speed["decode_tokens_per_s"] / first["decode_tokens_per_s"]
+        times = {part: f"{speed[part] / first[part]:.2f}" for part in ("prefill_tokens_per_s", "decode_tokens_per_s")}
         peak = "-" if speed["peak_bytes"] is None else f"{speed['peak_bytes'] / 1e6:,.0f}"
         cells.append(
             [
@@ -127,14 +127,16 @@ def _speed(rows: Sequence[Row]) -> list[list[str]]:
                 f"{row['parameters']:,}",
                 f"{row['file_bytes'] / 1e6:,.1f}",
                 f"{speed['prefill_tokens_per_s']:,.0f}",
+                times["prefill_tokens_per_s"],
                 f"{speed['decode_tokens_per_s']:,.1f}",
-                f"{times:.2f}",
+                times["decode_tokens_per_s"],
                 f"{speed['first_token_s'] * 1e3:,.1f}",
                 f"{speed['token_s'] * 1e3:,.1f}",
                 peak,
             ]
         )
-    return [[f"generation, batch of 1, after {first['prompt_tokens']} tokens", *_aligned(cells)]]
+    about = f"generation, batch of 1, after {first['prompt_tokens']} tokens; times: those of {rows[0]['name']}"
+    return [[about, *_aligned(cells)]]
 
 
 def _samples(rows: Sequence[Row]) -> list[list[str]]:
