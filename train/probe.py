@@ -1,7 +1,7 @@
 """A few steps of a student, timed: the code that ``train-student`` runs, from a small cache on the real disk.
 
-In: settings of a run, and how many steps to take. Out: seconds of each step, from the cache and from the text alone. It runs
-in a process of its own, which is timed from outside.
+In: settings of a run, and how many steps to take. Out: seconds of each step, from the cache and from the text alone. It
+runs in a process of its own, which is timed from outside.
 """
 
 from __future__ import annotations
