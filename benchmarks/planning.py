@@ -47,6 +47,7 @@ class Turns:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.work = options, options.work
         self.work.mkdir(parents=True, exist_ok=True)
+        self._refuse_other_settings()
 
     def turn(self, number: int) -> dict[str, Any]:
         """One plan, and what its commands then took; a turn of an earlier call is read."""
@@ -58,6 +59,13 @@ class Turns:
             for at, student in enumerate(self.options.student)
         ]
         return {"plan": plan, "capture": capture, "students": students}
+
+    def _refuse_other_settings(self) -> None:
+        """What was done with other settings, in the same folder, is nothing to compare with."""
+        settings = {name: value for name, value in vars(self.options).items() if name not in ("work", "turns")}
+        found = self._once("settings", lambda: settings)
+        if changed := [name for name in settings if found.get(name) != settings[name]]:
+            raise SystemExit(f"error: {self.work}: {changed[0]} was {found.get(changed[0])}: choose another --work")
 
     def formula(self) -> dict[str, Any]:
         """The plan by formula."""

@@ -30,7 +30,8 @@ from pipeline.shard import capture_shards, encoder_of, masker_of, read_blocks
 from pipeline.source import Source, as_settled, refuse_differences, resolve_source, staged_manifest
 from pipeline.tables import make_tables, settled
 from pipeline.teacher import Teacher, load_teacher
-from pipeline.teacher_files import load_tokenizer, teacher_description
+from pipeline.teacher_description import teacher_description
+from pipeline.teacher_files import load_tokenizer
 
 logger = logging.getLogger("kdpipe")
 

@@ -194,12 +194,15 @@ def repair(cache: Path | str, teacher: str | None, gguf_file: str | None, dry_ru
 @click.option("--private", is_flag=True, help="Make the dataset on the Hub private, if it is made now.")
 @dry_run
 @as_json
-def push(cache: Path, url: str, private: bool, dry_run: bool, as_json: bool) -> None:
+def push(cache: Path | str, url: str, private: bool, dry_run: bool, as_json: bool) -> None:
     """Send a finished cache to a store, or to the Hugging Face Hub.
 
     URL is s3://BUCKET/…, gs://…, az://…, or hf://datasets/ORG/NAME. Run the same command again to go on after an
     interruption.
     """
+    if isinstance(cache, str):
+        hint = "kdpipe pull it, and push the folder"
+        raise BadInputError("not-a-folder", cache, expected="a cache's folder", found="a store", hint=hint)
     from pipeline.push import describe_push
     from pipeline.push import push as send
 

@@ -17,12 +17,13 @@ from typing import Any
 
 import click
 
-from cache_spec.errors import EXIT_INTERRUPTED, KdpipeError
+from cache_spec.errors import EXIT_INTERRUPTED, KdpipeError, WouldLoseDataError
 from pipeline.cli import run
 from pipeline.settings import build
 
 TEACHER = Path(__file__).parent / "demo_teacher"
 HELD_OUT_TOKENS = 16_384
+_NAMES = {"cache", "held-out", "students"}
 
 # Name to flags: what differs between the students.
 STUDENTS: dict[str, list[str]] = {
@@ -35,6 +36,9 @@ STUDENTS: dict[str, list[str]] = {
 def run_demo(out: Path, *, quiet: bool = False) -> tuple[dict[str, Any], list[str]]:
     """Run the demo, or finish one that was interrupted; returns its facts and the lines of its closing table."""
     began = time.perf_counter()
+    names = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    if names and not names & _NAMES:
+        raise WouldLoseDataError("not-a-demo", out, expected="an empty folder or a demo's", found=min(names))
     cache, held_out = out / "cache", out / "held-out"
     _kdpipe(["cache-teacher", "--config", "demo", "--teacher", str(TEACHER), "--out", str(cache)], quiet)
     _kdpipe(
@@ -65,7 +69,7 @@ def _kdpipe(arguments: list[str], quiet: bool) -> None:
         raise KeyboardInterrupt
     if code:
         stopped = KdpipeError("demo-stopped", f"kdpipe {arguments[0]}", found=f"exit code {code}")
-        stopped.exit_code = code
+        stopped.exit_code, stopped.said_elsewhere = code, True
         raise stopped
 
 

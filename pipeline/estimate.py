@@ -137,12 +137,19 @@ def array_bytes(manifest: Manifest, arrays: dict[str, Array], num_tokens: int) -
     }
 
 
+def _how(facts: dict[str, Any]) -> str:
+    """The teacher's size, and what it runs or ran on; neither is known of what was imported."""
+    if facts["compute"] is None:
+        return "imported log-probabilities"
+    compute = facts["compute"]
+    return f"{facts['teacher']['num_parameters']:,} parameters, {compute['dtype']} on {compute['device_type']}"
+
+
 def describe_estimate(facts: dict[str, Any]) -> list[str]:
     """Lines for people."""
     tables = sum(facts["table_bytes"].values())
     return [
-        f"teacher   {facts['teacher']['name']}, {facts['teacher']['num_parameters']:,} parameters,"
-        f" {facts['compute']['dtype']} on {facts['compute']['device_type']}",
+        f"teacher   {facts['teacher']['name']}, {_how(facts)}",
         f"targets   {describe_encoding(facts['encoding'])}",
         f"tokens    {facts['tokens']:,} ({facts['tokens_certainty']}) in {facts['shards']:,} shards",
         f"size      {facts['bytes']:,} bytes, {facts['bytes_per_token']:.1f} bytes/token on one batch,"

@@ -209,7 +209,7 @@ MANUALS: dict[str, Manual] = {
         see_also=("import", "transcode", "push"),
     ),
     "import": Manual(
-        reads="Parquet files, each row a text's token ids and, for every token, lists of kept ids and log-probabilities.",
+        reads="Parquet files: in each row a text's ids and, for each token, lists of kept ids and log-probabilities.",
         writes="A cache that says that it has no normaliser: students of it are trained at temperature 1.",
         examples=(
             Example(
@@ -265,9 +265,16 @@ MANUALS: dict[str, Manual] = {
         see_also=("cache-teacher", "evaluate"),
     ),
     "evaluate": Manual(
-        reads="Models in safetensors, from folders or the hub, and text or a finished cache of held-out text.",
-        writes="Nothing.",
+        reads="Models in safetensors, from folders or the hub; corpora from the hub or files, text, or a finished cache"
+        " of held-out text. The first model is the one that others are compared with.",
+        writes="Nothing but --out, a file of the figures, which replaces one that is there.",
         examples=(
+            Example(
+                says="Two corpora and speed, teacher first, as published tables have them",
+                command="kdpipe evaluate --models gpt2 --models runs/two/student --mode blocks \\\n"
+                "    --corpus wikitext103 --corpus enwik8=enwik8 --speed --out figures.json",
+                needs="hub",
+            ),
             Example(
                 says="On text, beside the teacher",
                 command="kdpipe evaluate --models runs/two/student --models my-teacher --text held-out.txt",
@@ -275,6 +282,11 @@ MANUALS: dict[str, Manual] = {
             Example(
                 says="Against what the teacher said",
                 command="kdpipe evaluate --models runs/two/student --cache caches/held-out",
+            ),
+            Example(
+                says="What both write",
+                command="kdpipe evaluate --models my-teacher --models runs/two/student --sample 'w5 w6' \\\n"
+                "    --sample-tokens 8",
             ),
         ),
         see_also=("train-student", "cache-teacher"),

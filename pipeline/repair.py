@@ -27,7 +27,8 @@ from pipeline.recompute import teacher_of
 from pipeline.shard import batches, encode_blocks, encoder_of, joined
 from pipeline.source import TRANSCODED_FROM
 from pipeline.teacher import load_teacher
-from pipeline.teacher_files import TeacherFiles, teacher_description
+from pipeline.teacher_description import teacher_description
+from pipeline.teacher_files import TeacherFiles
 
 _TOKENS = ("input_ids", "block_lengths")
 

@@ -115,6 +115,7 @@ def build(
 
     values = read_recipe(recipe).get(section, {}) if recipe else dict(below or {})
     known = _names(model)
+    values = {f"{key}_" if f"{key}_" in known else key: value for key, value in values.items()}
     for key in values:
         if key not in known:
             raise BadInputError("unknown-key", f"{recipe}: {section}: {key}", expected="one of " + ", ".join(known))
@@ -132,7 +133,7 @@ def build(
             place = f"{recipe}: {section}" + (f": {name}" if name else "")
             raise BadInputError("bad-recipe", place, found=message) from None
         colon = "" if first["type"] == "missing" else ":"
-        flag = f"--{name.replace('_', '-')}{colon} " if name else ""
+        flag = f"{_flag(name)}{colon} " if name else ""
         raise click.UsageError(f"{flag}{message}") from None
 
 
@@ -164,6 +165,11 @@ def recipe_path(name: str) -> Path:
     return path
 
 
+def _flag(name: str) -> str:
+    """The flag of a setting; one that is a word of the language is a field that ends in an underscore."""
+    return "--" + name.removesuffix("_").replace("_", "-")
+
+
 def _names(model: type[BaseModel]) -> list[str]:
     """The settings of a command: what must be given comes first, and a class's own before those it shares."""
     shared = {name for part in model.__mro__[1:] for name in getattr(part, "model_fields", {})}
@@ -172,7 +178,7 @@ def _names(model: type[BaseModel]) -> list[str]:
 
 def _option(model: type[BaseModel], name: str) -> Callable[..., Any]:
     field = model.model_fields[name]
-    flag = "--" + name.replace("_", "-")
+    flag = _flag(name)
     help_text = field.description or ""
     if not field.is_required() and field.default not in (None, ()):
         default = field.default
@@ -198,12 +204,20 @@ def heading(model: type[BaseModel], name: str) -> str:
     begins = {
         field: topic for part in reversed(model.__mro__) for field, topic in vars(part).get("HEADINGS", {}).items()
     }
-    topic = OPTIONS
+    topic, owner = OPTIONS, None
     for field in model.model_fields:
+        # A topic ends with the fields of its class.
+        if owner is not (owner := _owner(model, field)):
+            topic = OPTIONS
         topic = begins.get(field, topic)
         if field == name:
             break
     return topic
+
+
+def _owner(model: type[BaseModel], field: str) -> type:
+    """The class that a setting comes from."""
+    return next(part for part in reversed(model.__mro__) if field in getattr(part, "model_fields", {}))
 
 
 def _holds_path(annotation: Any) -> bool:
@@ -234,7 +248,7 @@ def _parse(model: type[BaseModel], name: str, value: Any) -> Any:
         try:
             return json.loads(value)
         except ValueError as error:
-            raise click.UsageError(f"--{name.replace('_', '-')}: not JSON: {error}") from None
+            raise click.UsageError(f"{_flag(name)}: not JSON: {error}") from None
     return value
 
 

@@ -11,7 +11,6 @@ import hashlib
 import io
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,33 +24,15 @@ from pydantic import ValidationError
 from transformers import AutoConfig, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from cache_spec.durable import make_folder, writing
 from cache_spec.errors import BadInputError
 from cache_spec.failures import first_line
 from cache_spec.manifest import TeacherInfo, TokenizerInfo, canonical_json, sha256_hex
+from pipeline.teacher_card import CARD_NAME
 from pipeline.teacher_kind import MASKED_LM_HEADS, is_masked_lm, model_class, unused_positions
 
-_HUB_PATTERNS = ["model*.safetensors", "*.json", "*.model", "*.txt", "*.tiktoken", "*.jinja"]
+_HUB_PATTERNS = ["model*.safetensors", "*.json", "*.model", "*.txt", "*.tiktoken", "*.jinja", CARD_NAME]
 _UNSAFE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 _TOKENIZER_PATTERNS = ["tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json"]
-# Where a file lay and which library read it is no part of what the model is.
-_NOT_CONFIG = {
-    "_name_or_path",
-    "name_or_path",
-    "_model_name_or_path",
-    "transformers_version",
-    "quantization_config",
-    "gguf_file",
-}
-_NOT_TOKENIZER = {
-    *_NOT_CONFIG,
-    "is_local",
-    "local_files_only",
-    "_commit_hash",
-    "vocab_file",
-    "merges_file",
-    "tokenizer_file",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,7 +226,7 @@ def load_config(files: TeacherFiles) -> Any:
             config: Any = AutoConfig.from_pretrained(files.folder, trust_remote_code=False, **source_options(files))
     except Exception as error:  # what is wrong with a value, its own class of configuration says in its own way
         raise BadInputError("unreadable-config", place, found=first_line(error)) from None
-    _generation_settings(files)
+    generation_settings(files)
     kind = config.model_type
     found = None
     if config.is_encoder_decoder:
@@ -262,7 +243,7 @@ def load_config(files: TeacherFiles) -> Any:
     return config
 
 
-def _generation_settings(files: TeacherFiles) -> dict[str, Any] | None:
+def generation_settings(files: TeacherFiles) -> dict[str, Any] | None:
     """What generation_config.json says, None where there is none: BadInputError ``unreadable-config``."""
     path = files.folder / "generation_config.json"
     if files.gguf_file is not None or not path.is_file():
@@ -327,58 +308,6 @@ def describe_model(files: TeacherFiles, model: Any, tokenizer: Any) -> tuple[Tea
         found = f"{first['loc'][0]} {first['input']}: {first['msg']}"
         raise BadInputError("unreadable-config", place, found=found) from None
     return teacher_info, TokenizerInfo(sha256=tokenizer_sha256(tokenizer), eos_token_id=eos)
-
-
-def teacher_description(files: TeacherFiles, scratch: Path) -> dict[str, bytes]:
-    """The tokenizer's files and the teacher's configuration, as a cache keeps them: path to content.
-
-    They are made in ``scratch``, a folder for nothing else.
-    """
-    shutil.rmtree(scratch, ignore_errors=True)
-    make_folder(scratch)
-    with writing(scratch):
-        save_teacher_description(files, scratch)
-    return {
-        path.relative_to(scratch).as_posix(): path.read_bytes() for path in sorted(scratch.rglob("*")) if path.is_file()
-    }
-
-
-def save_teacher_description(files: TeacherFiles, folder: Path) -> None:
-    """Write ``teacher/config.json`` (and generation_config.json) and ``tokenizer/`` below ``folder``, no weights.
-
-    The same teacher gives the same bytes, wherever its files lie.
-    """
-    save_config(files, folder)
-    save_tokenizer(files, folder)
-
-
-def save_config(files: TeacherFiles, folder: Path) -> None:
-    """Write ``teacher/config.json``, and generation_config.json where there is one, below ``folder``."""
-    target = folder / "teacher"
-    target.mkdir(parents=True, exist_ok=True)
-    _write_json(target / "config.json", _without(load_config(files).to_diff_dict(), _NOT_CONFIG))
-    generation = _generation_settings(files)
-    if generation is not None:
-        _write_json(target / "generation_config.json", _without(generation, _NOT_CONFIG))
-
-
-def save_tokenizer(files: TeacherFiles, folder: Path) -> None:
-    """Write ``tokenizer/`` below ``folder``."""
-    with quiet_transformers():
-        load_tokenizer(files).save_pretrained(folder / "tokenizer")
-    settings = folder / "tokenizer" / "tokenizer_config.json"
-    _write_json(settings, _without(json.loads(settings.read_bytes()), _NOT_TOKENIZER))
-
-
-def _without(value: Any, keys: set[str]) -> Any:
-    """A copy of a JSON value with these keys left out at every depth."""
-    if isinstance(value, dict):
-        return {key: _without(item, keys) for key, item in value.items() if key not in keys}
-    return [_without(item, keys) for item in value] if isinstance(value, list | tuple) else value
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def source_options(files: TeacherFiles) -> dict[str, Any]:

@@ -7,6 +7,7 @@ begins with a comment of a file's name is that file.
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from collections.abc import Iterator
@@ -83,6 +84,17 @@ def run_block(block: Block, namespace: dict[str, Any]) -> None:
             assert program == "kdpipe", f"{block}: {program} does not run here: mark the block"
             code = cli.run(arguments)
             assert code == 0, f"{block}: kdpipe {shlex.join(arguments)} exits with {code}"
+
+
+def run_notebook(notebook: Path) -> None:
+    """Run the cells of code of a notebook in order, in one namespace; a line ``!kdpipe …`` is a command."""
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    for number, cell in enumerate(json.loads(notebook.read_text(encoding="utf-8"))["cells"]):
+        if cell["cell_type"] == "code":
+            text = "".join(cell["source"])
+            language = "bash" if text.startswith("!") else "python"
+            block = Block(page=notebook, line=number, language=language, text=text.removeprefix("!"), needs=None)
+            run_block(block, namespace)
 
 
 def parse(words: list[str]) -> None:

@@ -46,7 +46,7 @@ def save_tokenizer(folder: Path, words: list[str] = WORDS) -> PreTrainedTokenize
 def save_model(folder: Path, family: str = "gpt2", *, rows: int = V, std: float = 0.3, **changes: Any) -> Any:
     """A random model of real size ``V`` with its tokenizer beside it."""
     special = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
-    model = make_model(family, std=std, vocab_size=rows, **SIZES, **LOGITS.get(family, {}), **special, **changes)
+    model = make_model(family, std=std, vocab_size=rows, **{**SIZES, **LOGITS.get(family, {}), **special, **changes})
     model.save_pretrained(folder)
     save_tokenizer(folder)
     return model.eval()
@@ -81,7 +81,7 @@ WIKITEXT = """ \n = The Cat = \n \n The cat sat on the " mat " , the end @-@ of 
 PTB = " the cat does n't sit <unk> mat \n it cost $ N the end \n"
 ENWIK8 = "<page>\n  <title>the</title> [[naïve]] the 猫 '''the''' end\n</page>\n" * 3
 LAMBADA = ["the cat sat on the mat the end of the tale", "the naïve café the the the", "the end of the cat"]
-COMMON_GEN = [
+COMMON_GEN: list[dict[str, Any]] = [
     {"concept_set_id": 0, "concepts": ["cat", "mat"], "target": "the cat sat on the mat ."},
     {"concept_set_id": 0, "concepts": ["cat", "mat"], "target": "the mat the cat"},
     {"concept_set_id": 1, "concepts": ["café", "end"], "target": "the end of the café ."},

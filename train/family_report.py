@@ -141,7 +141,7 @@ def _cells(report: Mapping[str, Any]) -> list[list[str]]:
         cells.append([name, *("-" if value is None else form(value) for value, form in shown)])
     teacher = next((cache for row in report["students"] if (cache := (row["evaluation"] or {}).get("cache"))), None)
     if teacher is not None:
-        own = {"loss": f"{teacher['teacher_loss']:.4f}"}
+        own = {} if teacher["teacher_loss"] is None else {"loss": f"{teacher['teacher_loss']:.4f}"}
         if teacher["teacher_perplexity"] is not None:
             own["perplexity"] = f"{teacher['teacher_perplexity']:,.2f}"
         cells.insert(1, ["(the teacher)", *(own.get(heading, "") for heading in columns)])

@@ -18,6 +18,7 @@ from train.checkpoint import Position
 from train.config import TrainConfig
 from train.evaluation.held_out import HeldOut
 from train.export import export_student
+from train.inheritance import inheritance
 from train.interrupts import Interrupted, Interrupts
 from train.memory import out_of_memory_at
 from train.progress import Progress
@@ -163,8 +164,8 @@ def _finish(run: Run) -> dict[str, Any]:
     with run.ranks.together():
         if run.ranks.is_first:
             result = _result(run)
-            card = _card(run, result)
             manifest, tokenizer_folder = run.reader.manifest, run.reader.path / "tokenizer"
+            card = _card(run, result) | {"What it inherits": inheritance(manifest, run.reader.path)}
             export_student(
                 student, run.config.out / STUDENT_NAME, tokenizer_folder=tokenizer_folder, manifest=manifest, card=card
             )

@@ -84,13 +84,19 @@ def build_student(
     ``cannot-slice``, ``other-teacher``, ``unknown-teacher``, ``teacher-not-safetensors``, ``unreadable-weights``,
     ``unreadable-config``, ``no-tokenizer`` or ``unknown-checkpoint``.
     """
-    config = load_config(teacher_folder_in_cache, "unreadable-config")
-    refuse_other_kind(config, manifest, teacher_folder_in_cache)
+    config: PreTrainedConfig | None = None
+    # Of an imported cache the teacher may be known by its tokens alone.
+    if init != "checkpoint" or (teacher_folder_in_cache / "config.json").is_file():
+        config = load_config(teacher_folder_in_cache, "unreadable-config")
+        refuse_other_kind(config, manifest, teacher_folder_in_cache)
     summary: dict[str, object] = {"init": init, "seed": seed}
     with quiet_transformers(), torch.random.fork_rng(devices=[]):
         # The CPU generator alone: torch.manual_seed would reseed every accelerator too.
         torch.default_generator.manual_seed(seed)
-        if init == "teacher-layers" or init == "sliced":
+        if init == "checkpoint" or config is None:
+            tokenizer_folder = teacher_folder_in_cache.parent / "tokenizer"
+            model = _from_checkpoint(checkpoint, tokenizer_folder, manifest, summary)
+        elif init == "teacher-layers" or init == "sliced":
             depth = config.num_hidden_layers
             if init == "sliced" and num_layers is None and layer_indices is None:
                 num_layers = depth
@@ -101,7 +107,7 @@ def build_student(
             else:
                 student = layers_config(config, copied, overrides)
             model = _from_teacher_layers(config, student, manifest, copied, teacher, summary)
-        elif init == "config":
+        else:
             if num_layers is not None:
                 overrides = {**overrides, "num_hidden_layers": num_layers}
             if initializer_range is not None:
@@ -110,10 +116,7 @@ def build_student(
             refuse_other_kind(student, manifest, "student config")
             summary["derived_sizes"] = derived
             model = _without_padding_row(student, _fresh_model)
-        else:
-            tokenizer_folder = teacher_folder_in_cache.parent / "tokenizer"
-            model = _from_checkpoint(checkpoint, tokenizer_folder, manifest, summary)
-        if init != "checkpoint" and model.config.model_type == config.model_type:
+        if init != "checkpoint" and config is not None and model.config.model_type == config.model_type:
             _take_generation_config(model, teacher_folder_in_cache)
         _cut_vocabulary(model, manifest)
         _check_student(model, manifest)

@@ -6,7 +6,7 @@ In: values from flags and recipes. Out: one frozen, checked object.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
@@ -20,6 +20,8 @@ _OF_PARQUET = ("temperature", "k", "logprobs", "tail", "shards_per_file")
 
 class ExportConfig(CopySettings):
     """What to write a cache's targets as, for programs that do not read caches."""
+
+    HEADINGS: ClassVar = {"cache": "Cache and export", "temperature": "Values"}
 
     cache: CacheAddress
     """Cache to export: its folder, or its address in a store."""
@@ -59,7 +61,14 @@ class ImportConfig(Record):
 
     model_config = ConfigDict(strict=False)
 
-    source: tuple[Path, ...] = Field(min_length=1)
+    HEADINGS: ClassVar = {
+        "from_": "Files and cache",
+        "logprobs": "What the files hold",
+        "k": "What is kept",
+        "block_tokens": "Blocks",
+    }
+
+    from_: tuple[Path, ...] = Field(min_length=1)
     """Parquet file, or folder of them; may be given more than once. Files are read in the order of their names."""
     out: Path
     """Folder of the cache."""
@@ -77,7 +86,7 @@ class ImportConfig(Record):
     kept tokens alone."""
     mass_error: float = Field(default=0.001, ge=0, le=MAX_MASS_ERROR, allow_inf_nan=False)
     """How far a row's sum may be off one, for the values were rounded; a larger error is refused."""
-    shift: Literal[0, 1] = 0
+    shift: int = Field(default=0, ge=0, le=1)
     """0 where row j of the lists tells what follows token j, as axolotl and kdpipe have it; 1 where it tells of token j
     itself, as prompt_logprobs of vLLM."""
     ignore_mask: bool = False
@@ -102,7 +111,7 @@ class ImportConfig(Record):
     shard_blocks: int = Field(default=256, ge=1)
     """Blocks in a shard: the unit that is committed at once, and the most that an interruption costs."""
 
-    @field_validator("source", mode="before")
+    @field_validator("from_", mode="before")
     @classmethod
     def _one_or_more(cls, value: Any) -> Any:
         return [value] if isinstance(value, str | Path) else value
@@ -112,7 +121,7 @@ class ImportConfig(Record):
     def _at_home(cls, path: Path | None) -> Path | None:
         return path and path.expanduser()
 
-    @field_validator("source", mode="after")
+    @field_validator("from_", mode="after")
     @classmethod
     def _sources_at_home(cls, paths: tuple[Path, ...]) -> tuple[Path, ...]:
         return tuple(path.expanduser() for path in paths)

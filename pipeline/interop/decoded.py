@@ -124,7 +124,7 @@ def _largest(logits_RV: Array, k: int) -> Array:
     if k == logits_RV.shape[1]:
         ids_RK = np.broadcast_to(np.arange(k), logits_RV.shape)
     else:
-        ids_RK = np.sort(np.argpartition(-logits_RV, k - 1, axis=1)[:, :k], axis=1)
+        ids_RK = np.sort(np.argpartition(logits_RV, -k, axis=1)[:, -k:], axis=1)
     order = np.argsort(-np.take_along_axis(logits_RV, ids_RK, axis=1), axis=1, kind="stable")
     result: Array = np.take_along_axis(ids_RK, order, axis=1)
     return result

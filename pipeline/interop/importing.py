@@ -188,9 +188,9 @@ def _arrays(manifest: Manifest, rows: Rows) -> dict[str, Array]:
     if imported.logprobs == "renormalised" or encoding.k == vocab_size:
         mass_N = np.zeros_like(sums_N)
     else:
-        # Between nothing and what less probable tokens can have: outside of that it is rounding (H-5).
-        roots_N = np.exp(logprobs_NK[:, -1] / 2) + 0.5 / encoding.levels
-        mass_N = np.clip(1 - sums_N, 0, (vocab_size - encoding.k) * roots_N**2)
+        # Between nothing and what less probable tokens can have, to the rounding that H-5 allows for.
+        levels_N = np.rint(np.exp(logprobs_NK[:, -1] / 2) * encoding.levels) + 1
+        mass_N = np.clip(1 - sums_N, 0, (vocab_size - encoding.k) * (levels_N / encoding.levels) ** 2)
     logprobs_NK = logprobs_NK + np.log((1 - mass_N) / sums_N)[:, None]
     with np.errstate(divide="ignore"):
         odds_N = np.log(mass_N) - np.log1p(-mass_N)

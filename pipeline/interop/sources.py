@@ -9,18 +9,18 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from cache_spec.durable import make_folder, writing
 from cache_spec.errors import BadInputError
 from cache_spec.manifest import TokenizerInfo
 from pipeline import folder
 from pipeline.interop.columns_in import Columns, find_columns
 from pipeline.interop.config import ImportConfig
 from pipeline.interop.rows_in import Declared
+from pipeline.teacher_description import save_config, save_tokenizer
 from pipeline.teacher_files import (
     TeacherFiles,
     load_config,
     load_tokenizer,
-    save_config,
-    save_tokenizer,
     tokenizer_files,
     tokenizer_sha256,
 )
@@ -46,7 +46,7 @@ class Source:
     @classmethod
     def of(cls, config: ImportConfig) -> Source:
         """Find and check everything but the rows."""
-        paths = _paths(config.source)
+        paths = _paths(config.from_)
         files = tokenizer_files(config.tokenizer)
         loaded = load_tokenizer(files)
         own_size = max(loaded.get_vocab().values()) + 1
@@ -89,10 +89,11 @@ class Source:
         """The cache's small files that are not about its arrays: path to content."""
         scratch = self.config.out / folder.STAGING_NAME / "description"
         shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir(parents=True)
-        save_tokenizer(self.tokenizer_files, scratch)
-        if self.config_files is not None:
-            save_config(self.config_files, scratch)
+        make_folder(scratch)
+        with writing(scratch):
+            save_tokenizer(self.tokenizer_files, scratch)
+            if self.config_files is not None:
+                save_config(self.config_files, scratch)
         found = (path for path in sorted(scratch.rglob("*")) if path.is_file())
         return {path.relative_to(scratch).as_posix(): path.read_bytes() for path in found}
 

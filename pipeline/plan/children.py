@@ -82,8 +82,8 @@ def _serve(module: str) -> None:
 
 def _peak_bytes() -> int:
     """The most memory this process held: of the GPU, if it worked on one, else of the machine."""
-    torch = sys.modules["torch"]
-    if torch.cuda.is_initialized():
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
         return int(torch.cuda.max_memory_allocated())
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024

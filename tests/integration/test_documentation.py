@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from pipeline import cli
 from pipeline.help_page import ManualCommand
 from pipeline.manual import MANUALS, Example
 from pipeline.settings import COMMANDS
-from tests.documented import NEEDS, SHOWN, blocks, commands, parse, run_block
+from tests.documented import NEEDS, SHOWN, blocks, commands, parse, run_block, run_notebook
 from tests.models import make_folder
 from tools import draw_pictures
 from tools.check_site import problems
@@ -101,6 +103,14 @@ def test_every_block_runs_or_is_marked(page: Path, there: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_the_notebook_runs_and_stores_nothing_of_a_machine(there: Path) -> None:
+    notebook = ROOT / "examples" / "cache_and_train.ipynb"
+    stored = json.loads(notebook.read_text(encoding="utf-8"))
+    assert [cell["outputs"] for cell in stored["cells"] if cell.get("outputs")] == []
+    assert not re.search(r"/(home|root|tmp|work|Users)/", notebook.read_text(encoding="utf-8"))
+    run_notebook(notebook)
+
+
 def test_commands_of_marked_blocks_have_flags_that_exist(page: Path) -> None:
     for block in blocks(page):
         if block.needs is not None and block.language in ("bash", ""):

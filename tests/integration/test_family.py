@@ -60,6 +60,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "hidden_window": 0,
         }
         capture(CaptureConfig.model_validate(settings | sizes), quiet=True)
+    (folder / "ptb").write_text(" w5 w6 <unk> w7 \n w8 N w9 \n")
     return folder
 
 
@@ -79,6 +80,7 @@ def controlled(made: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
 
 def family(made: Path, out: Path, recipe: Path = RECIPE, *, control: bool = False, **given: Any) -> Family:
     evaluate = {"cache": made / "held-out", "text": (str(made / "held-out.jsonl"),), "block_tokens": 16}
+    evaluate |= {"corpus": (f"ptb={made / 'ptb'}",), "window": 16}
     return read_family(
         recipe,
         cache=made / "cache",
@@ -123,6 +125,7 @@ def test_a_family_is_trained_measured_and_left_alone_when_done(
     assert [row["student"] for row in table] == NAMES
     assert float(table[1]["loss"]) == rows[1]["evaluation"]["cache"]["loss_nats"]
     assert float(table[1]["perplexity_held-out.jsonl"]) == rows[1]["evaluation"]["texts"][0]["perplexity"]
+    assert float(table[1]["ptb_word_perplexity"]) == rows[1]["evaluation"]["corpora"][0]["word_perplexity"]
     assert (out / "family.md").read_text().count("\n| ") == 2 + len(NAMES)
     shown = report_facts(ReportConfig(out=out / "report.html", family=out))
     assert [run["name"] for run in shown["runs"]] == NAMES
@@ -324,6 +327,7 @@ def test_plots_without_matplotlib_are_refused_before_training(
         ("control: maybe\nstudents: {a: {}}", "bad-students", "control"),
         ("evaluate: {block_tokens: 1}\nstudents: {a: {}}", "bad-students", "evaluate: block_tokens"),
         ("evaluate: {models: [x]}\nstudents: {a: {}}", "unknown-key", "evaluate: models"),
+        ("evaluate: {speed: true}\nstudents: {a: {}}", "unknown-key", "evaluate: speed"),
         ("speed: {rounds: 0}\nstudents: {a: {}}", "bad-students", "speed: rounds"),
         ("students: [", "bad-students", "s.yaml"),
         ("[]", "bad-students", "s.yaml"),

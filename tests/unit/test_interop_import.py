@@ -66,7 +66,7 @@ class Text:
 
 
 def made(path: Path, tokenizer: str, out: Path, **settings: Any) -> CacheReader:
-    config = ImportConfig(source=(path,), out=out, tokenizer=tokenizer, shard_blocks=2, **settings)
+    config = ImportConfig(from_=(path,), out=out, tokenizer=tokenizer, shard_blocks=2, **settings)
     import_logprobs(config, quiet=True)
     assert verify_cache(out) == []
     return CacheReader.open(out)
@@ -118,7 +118,7 @@ def test_prompt_logprobs_of_vllm_are_shifted_by_one(tmp_path: Path, tokenizer: s
     )
     reader = made(path, tokenizer, tmp_path / "cache", shift=1)
     assert_holds(reader, text, lengths=tuple(length - 1 for length in LENGTHS))
-    config = ImportConfig(source=(path,), out=tmp_path / "no", tokenizer=tokenizer, shift=0)
+    config = ImportConfig(from_=(path,), out=tmp_path / "no", tokenizer=tokenizer, shift=0)
     assert "row 0, position 0" in refused("no-target", import_logprobs, config, quiet=True)
 
 
@@ -150,7 +150,7 @@ def test_the_shortest_list_decides_how_many_tokens_are_kept(tmp_path: Path, toke
     del ids[2][3][4:], values[2][3][4:]
     path = text.write(tmp_path / "a.parquet", target_token_ids=ids, target_logprobs=values)
     assert_holds(made(path, tokenizer, tmp_path / "cache"), text, k=4)
-    config = ImportConfig(source=(path,), out=tmp_path / "no", tokenizer=tokenizer, k=5)
+    config = ImportConfig(from_=(path,), out=tmp_path / "no", tokenizer=tokenizer, k=5)
     line = refused("short-list", import_logprobs, config, quiet=True)
     assert "row 2, position 3, expected 5 tokens, found 4" in line
 
@@ -163,7 +163,7 @@ def test_renormalised_values_tell_nothing_of_the_tail(tmp_path: Path, tokenizer:
     targets = reader.batch([0], 1.0).targets
     assert isinstance(targets, HeadTargets)
     assert np.isneginf(targets.tail_log_odds_BT).all()
-    config = ImportConfig(source=(path,), out=tmp_path / "no", tokenizer=tokenizer, logprobs="full")
+    config = ImportConfig(from_=(path,), out=tmp_path / "no", tokenizer=tokenizer, logprobs="full")
     assert "--logprobs renormalised" in refused("mass-not-one", import_logprobs, config, quiet=True)
 
 
@@ -355,7 +355,7 @@ def test_what_is_wrong_is_said_in_a_line_with_its_place(tmp_path: Path, tokenize
     kind, said, change, settings = WRONG[name]
     text = Text()
     path = text.write(tmp_path / "a.parquet", **change(text))
-    config = ImportConfig(source=(path,), out=tmp_path / "cache", tokenizer=tokenizer, **settings)
+    config = ImportConfig(from_=(path,), out=tmp_path / "cache", tokenizer=tokenizer, **settings)
     assert said in refused(kind, import_logprobs, config, quiet=True)
     assert not (tmp_path / "cache" / "manifest.json").exists()
 
@@ -363,7 +363,7 @@ def test_what_is_wrong_is_said_in_a_line_with_its_place(tmp_path: Path, tokenize
 def test_a_file_that_is_no_parquet_is_named(tmp_path: Path, tokenizer: str) -> None:
     (tmp_path / "a.parquet").write_bytes(b"no Parquet")
     for source, kind in (("a.parquet", "broken-file"), ("b.parquet", "no-text")):
-        config = ImportConfig(source=(tmp_path / source,), out=tmp_path / "cache", tokenizer=tokenizer)
+        config = ImportConfig(from_=(tmp_path / source,), out=tmp_path / "cache", tokenizer=tokenizer)
         assert source in refused(kind, import_logprobs, config, quiet=True)
 
 

@@ -60,3 +60,17 @@ def test_models_without_room_for_a_prompt_and_broken_ones_are_refused(tmp_path: 
     refused("unknown-model", measure_speeds, {"x": tmp_path / "gone"}, SpeedConfig(), device=CPU)
     (tmp_path / "short" / "model.safetensors").unlink()
     refused("unreadable-weights", measure_speeds, {"x": tmp_path / "short"}, SpeedConfig(), device=CPU)
+
+
+def test_peak_memory_is_that_of_a_process_that_only_generates(tmp_path: Path) -> None:
+    make_model("gpt2").save_pretrained(tmp_path / "small")
+    ballast = torch.ones(100_000_000)
+    config = SpeedConfig(prompt_tokens=8, new_tokens=2, rounds=1, peak_memory=True)
+    peak = measure_speeds({"small": tmp_path / "small"}, config, device=CPU)["small"].peak_bytes
+    if not Path("/proc/self/status").exists():
+        assert peak is None
+    else:
+        assert peak is not None
+        rss = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS"))
+        assert 50e6 < peak < int(rss.split()[1]) * 1024
+    assert len(ballast) == 100_000_000

@@ -17,13 +17,13 @@ import transformers
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from pipeline.teacher import load_teacher, pick_device, pick_dtype
+from pipeline.teacher_description import save_teacher_description
 from pipeline.teacher_files import (
     TeacherFiles,
     check_block_tokens,
     describe_teacher,
     load_tokenizer,
     resolve_teacher,
-    save_teacher_description,
     tokenizer_sha256,
 )
 from tests.models import FAMILIES, ROWS, make_folder, make_model, make_tokenizer

@@ -22,7 +22,14 @@ class EvaluateConfig(CopySettings):
         frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, validate_default=True
     )
 
-    HEADINGS: ClassVar = {"models": "What is measured", "batch_blocks": "Device and speed"}
+    HEADINGS: ClassVar = {
+        "models": "What is measured",
+        "mode": "How corpora and texts are read",
+        "bootstrap": "Intervals",
+        "speed": "Speed",
+        "sample": "What models write",
+        "harness": "Device and output",
+    }
 
     models: tuple[str, ...] = Field(min_length=1)
     """Model to measure: folder or hub name of a causal language model in safetensors; may be given more than once."""
@@ -52,8 +59,6 @@ class EvaluateConfig(CopySettings):
     """Measure on so many examples of lambada and common_gen, spread evenly."""
     limit_bytes: int | None = Field(default=None, ge=1)
     """Measure on the first so many bytes of each text, the same for every tokenizer."""
-    batch_blocks: int = Field(default=4, ge=1)
-    """Blocks or windows in one forward pass."""
     bootstrap: int = Field(default=1000, ge=0)
     """Resamples that the intervals of corpora and caches are made from; 0: none."""
     level: float = Field(default=0.95, gt=0, lt=1)
@@ -76,6 +81,8 @@ class EvaluateConfig(CopySettings):
     """Temperature of what is written; 0: the most probable token each time."""
     harness: bool = False
     """Also measure the corpora by lm-evaluation-harness (extra 'harness'), in windows as long as ours."""
+    batch_blocks: int = Field(default=4, ge=1)
+    """Blocks or windows in one forward pass."""
     device: str = Field(default="auto", min_length=1)
     """Where to compute: auto, cpu, cuda, cuda:1, mps."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

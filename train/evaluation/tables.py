@@ -92,18 +92,34 @@ def _cache(rows: Sequence[Row]) -> list[list[str]]:
     teacher = ["(the teacher)", "", cells[0][2], _figure(cache["teacher_loss"])]
     teacher += [_figure(cache["teacher_perplexity"], 2), *[""] * (len(header) - 5)]
     place = f"{cache['cache']}, {_KL_WORDS[cache['kl_is']]} at temperature {cache['temperature']:g}"
-    return [[place, *_aligned([header, teacher, *cells])]]
+    return [[place, *_aligned([header, teacher, *cells]), *_cache_intervals(rows)]]
+
+
+def _cache_intervals(rows: Sequence[Row]) -> list[str]:
+    names = {"loss_nats": "loss", "perplexity": "perplexity", "ece": "ECE", "kl_to_teacher": "KL"}
+    names |= {"agreement": "agreement", "overlap": "overlap"}
+    found = [row["cache"]["intervals"] for row in rows]
+    if not any(found):
+        return []
+    cells = [["intervals, by block", *names.values()]]
+    for row, intervals in zip(rows, found, strict=True):
+        cells.append([row["name"], *(_range(intervals.get(name)) for name in names)])
+    return _aligned(cells)
+
+
+def _range(interval: Sequence[float] | None) -> str:
+    return "-" if interval is None else f"[{interval[0]:,.4f}, {interval[1]:,.4f}]"
 
 
 def _speed(rows: Sequence[Row]) -> list[list[str]]:
     if rows[0]["speed"] is None:
         return []
     first = rows[0]["speed"]
-    header = ["model", "parameters", "weights MB", "prefill tokens/s", "decode tokens/s", "x decode", "first token ms"]
-    cells = [[*header, "token ms", "peak MB"]]
+    header = ["model", "parameters", "weights MB", "prefill tokens/s", "times", "decode tokens/s", "times"]
+    cells = [[*header, "first token ms", "token ms", "peak MB"]]
     for row in rows:
         speed = row["speed"]
-        times = speed["decode_tokens_per_s"] / first["decode_tokens_per_s"]
+        times = {part: f"{speed[part] / first[part]:.2f}" for part in ("prefill_tokens_per_s", "decode_tokens_per_s")}
         peak = "-" if speed["peak_bytes"] is None else f"{speed['peak_bytes'] / 1e6:,.0f}"
         cells.append(
             [
@@ -111,14 +127,16 @@ def _speed(rows: Sequence[Row]) -> list[list[str]]:
                 f"{row['parameters']:,}",
                 f"{row['file_bytes'] / 1e6:,.1f}",
                 f"{speed['prefill_tokens_per_s']:,.0f}",
+                times["prefill_tokens_per_s"],
                 f"{speed['decode_tokens_per_s']:,.1f}",
-                f"{times:.2f}",
+                times["decode_tokens_per_s"],
                 f"{speed['first_token_s'] * 1e3:,.1f}",
                 f"{speed['token_s'] * 1e3:,.1f}",
                 peak,
             ]
         )
-    return [[f"generation, batch of 1, after {first['prompt_tokens']} tokens", *_aligned(cells)]]
+    about = f"generation, batch of 1, after {first['prompt_tokens']} tokens; times: those of {rows[0]['name']}"
+    return [[about, *_aligned(cells)]]
 
 
 def _samples(rows: Sequence[Row]) -> list[list[str]]:

@@ -20,7 +20,7 @@ class ReportConfig(CopySettings):
         frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, validate_default=True
     )
 
-    HEADINGS: ClassVar = {"cache": "What is shown", "title": "The page"}
+    HEADINGS: ClassVar = {"out": "The page", "cache": "What is shown", "title": "How it is shown"}
 
     out: Path
     """The HTML file to write."""
