@@ -88,6 +88,7 @@ def happened(plan: Plan, cache: Mapping[str, Any] | None, runs: Sequence[Mapping
     sizes = (cache or {}).get("sizes")
     if cache is None or sizes is None:
         row("cache: tokens", "tokens", plan.cache.tokens, None, "no cache was given")
+        row("cache: bytes", "bytes", plan.cache.bytes, None, "no cache was given")
     else:
         note = "" if cache["finished"] else "the cache is not finished"
         row("cache: tokens", "tokens", plan.cache.tokens, sizes["tokens"], note)

@@ -26,7 +26,8 @@ _WAYS = ("cached", "online", "cross_entropy")
 
 def plan_section(plan: Mapping[str, Any], happened: Sequence[Mapping[str, Any]], plotter: Plotter | None) -> Section:
     """What was planned, what became of it, and what it was planned from."""
-    section = Section(key="plan", title="Plan against what happened")
+    title = "Plan against what happened" if any(row["real"] is not None for row in happened) else "Plan"
+    section = Section(key="plan", title=title)
     section.blocks.append(FactList(items=_what(plan)))
     rows = [
         (

@@ -21,6 +21,7 @@ _DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)))
 _SHAPES = "osD^vP"
 _LONGEST_NAME = 26
 _MANY = 10_000
+_FEW = 20
 _SETTINGS = {
     "svg.fonttype": "none",
     "svg.hashsalt": "kdpipe",
@@ -119,8 +120,11 @@ class Plotter:
                 )
                 if line.low is not None and line.high is not None:
                     axes.fill_between(line.x, line.low, line.high, color=colour, alpha=0.15, linewidth=0)
+            places = [x for line in lines for x in line.x if x is not None]
             if log_x:
-                self._logarithmic(axes, [x for line in lines for x in line.x if x is not None])
+                self._logarithmic(axes, places)
+            elif max(places) < _FEW and all(float(x).is_integer() for x in places):
+                axes.xaxis.set_major_locator(self._ticker.MaxNLocator("auto", integer=True))
             if from_zero:
                 axes.set_ylim(bottom=0)
             if len(lines) > 1:

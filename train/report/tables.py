@@ -121,8 +121,12 @@ def as_text(value: object) -> str:
     """A JSON value in a line."""
     if value is None:
         return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
     if isinstance(value, float):
-        return f"{value:,.6g}"
+        return f"{value:,.0f}" if abs(value) >= 1e6 and value.is_integer() else f"{value:,.6g}"
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
