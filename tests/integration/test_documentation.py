@@ -102,7 +102,6 @@ def test_every_block_runs_or_is_marked(page: Path, there: Path) -> None:
             assert block.needs in NEEDS, block
 
 
-@pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_the_notebook_runs_and_stores_nothing_of_a_machine(there: Path) -> None:
     notebook = ROOT / "examples" / "cache_and_train.ipynb"
     stored = json.loads(notebook.read_text(encoding="utf-8"))
@@ -111,6 +110,7 @@ def test_the_notebook_runs_and_stores_nothing_of_a_machine(there: Path) -> None:
     run_notebook(notebook)
 
 
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_commands_of_marked_blocks_have_flags_that_exist(page: Path) -> None:
     for block in blocks(page):
         if block.needs is not None and block.language in ("bash", ""):
