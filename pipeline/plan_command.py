@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from pipeline.plan.children import Answer
     from pipeline.plan.measured import Probed
 
+_LEAST_STEPS, _MOST_STEPS = 3, 32
+"""Of a student's probe: the first step is slow, and of the others the median counts."""
+_CACHED_SHARE = 0.7
+"""Of a student's time; the rest is for steps from the text alone."""
 _OF_TRAINING = ("epochs", "batch_blocks", "accumulate", "precision")
 
 
@@ -67,7 +71,7 @@ def plan(config: PlanConfig) -> dict[str, Any]:
     }
     named = [(one.name, cost, one.train) for one, cost in zip(students, costs, strict=True)]
     if config.calibrate:
-        probed = _probe(config, students)
+        probed = _probe(config, teacher, students, costs)
         vocab_size = probed.capture["vocab_size"]
         size = measured_size(
             config,
@@ -180,7 +184,7 @@ def _here(config: PlanConfig) -> tuple[str, int]:
     return CPU, config.num_devices or torch.get_num_threads()
 
 
-def _probe(config: PlanConfig, students: list[Any]) -> Probed:
+def _probe(config: PlanConfig, teacher: Any, students: list[Any], costs: list[Any]) -> Probed:
     """Capture and train a little, in a folder of its own on the cache's disk."""
     from pipeline.plan.children import ask
     from pipeline.plan.measured import Probed, capture_settings
@@ -199,7 +203,8 @@ def _probe(config: PlanConfig, students: list[Any]) -> Probed:
         }
         capture = ask("pipeline.plan.probe", order)
         trained: list[Answer] = []
-        for one in students:
+        flop_s = capture.facts["forward_token_s"] / teacher.forward_flops
+        for one, cost in zip(students, costs, strict=True):
             settings = {
                 **one.settings,
                 "cache": str(folder / "cache"),
@@ -209,7 +214,10 @@ def _probe(config: PlanConfig, students: list[Any]) -> Probed:
                 settings["teacher"] = one.settings.get("teacher", config.teacher)
             if 1.0 not in config.temperatures:
                 settings.setdefault("temperature", config.temperatures[0])
-            trained.append(ask("train.probe", {"settings": settings, "seconds": share_s / len(students)}))
+            expected_s = 3 * cost.forward_flops * flop_s * one.train.batch_blocks * config.block_tokens
+            fit = int(_CACHED_SHARE * share_s / len(students) / expected_s)
+            steps = min(max(_LEAST_STEPS, fit), _MOST_STEPS)
+            trained.append(ask("train.probe", {"settings": settings, "steps": steps}))
     return Probed(capture=capture.facts, capture_wall_s=capture.wall_s, students=tuple(trained))
 
 

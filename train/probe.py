@@ -1,7 +1,7 @@
 """A few steps of a student, timed: the code that ``train-student`` runs, from a small cache on the real disk.
 
-In: settings of a run, and how long to go on. Out: seconds of each step, from the cache and from the text alone. It runs
-in a process of its own, which is timed from outside.
+In: settings of a run, and how many steps to take. Out: seconds of each step, from the cache and from the text alone. It
+runs in a process of its own, which is timed from outside.
 """
 
 from __future__ import annotations
@@ -23,33 +23,32 @@ from train.loop import train
 from train.run_files import read_metrics
 
 _ENOUGH_EPOCHS = 1 << 16
-_MOST_STEPS = 32
 # What a probe leaves out: it would be measured or written elsewhere.
 _LEFT_OUT = ("evaluate_cache", "evaluate_every", "wandb", "max_tokens", "max_hours", "max_steps", "copy_folder")
 
 
 def probe(order: dict[str, Any]) -> dict[str, Any]:
-    """Train for some seconds from the cache, then for less from its text, and say what steps took.
+    """Train for some steps from the cache, then for fewer from its text, and say what they took.
 
-    ``order``: ``settings`` of ``TrainConfig`` with a cache and a new folder, and ``seconds``.
+    ``order``: ``settings`` of ``TrainConfig`` with a cache and a new folder, and ``steps``.
     """
     settings = {name: value for name, value in order["settings"].items() if name not in _LEFT_OUT}
-    out, seconds = Path(settings["out"]), order["seconds"]
+    out, num_steps = Path(settings["out"]), order["steps"]
     common = {
         "epochs": _ENOUGH_EPOCHS,
         "accumulate": 1,
         "log_every": 1,
         "checkpoint_every": _ENOUGH_EPOCHS,
-        "max_steps": _MOST_STEPS,
     }
-    config = TrainConfig.model_validate({**settings, **common, "max_hours": 0.7 * seconds / 3600})
+    config = TrainConfig.model_validate({**settings, **common, "max_steps": num_steps})
     began, cpu_began = time.perf_counter(), time.process_time()
     with _optimizer_timed() as optimizer_s:
         result = train(config, quiet=True)
     wall_s, cpu_s = time.perf_counter() - began, time.process_time() - cpu_began
     steps = _steps(out)
     # The same without a teacher; its own start is no part of what a cached run takes.
-    alone = {**settings, **CONTROL_SETTINGS, **common, "max_hours": 0.3 * seconds / 3600, "out": out.with_name("text")}
+    few = {"max_steps": max(2, num_steps // 2), "out": out.with_name("text")}
+    alone = {**settings, **CONTROL_SETTINGS, **common, **few}
     began = time.perf_counter()
     train(TrainConfig.model_validate(alone), quiet=True)
     extra_s = time.perf_counter() - began

@@ -258,9 +258,8 @@ def _curve(facts: Mapping[str, Any]) -> list[str]:
             "the law is of models trained from scratch on text; it says nothing of what a teacher adds: give --runs"
         )
     if any(row["ways"]["cached"]["loss"] is None for row in facts["curve"]):
-        lines.append(
-            f"-: fewer than {law['least_tokens']:,.0f} tokens, or more than it was fitted to, are outside the law"
-        )
+        most = "" if law["most_tokens"] is None else f" to {law['most_tokens']:,.0f}"
+        lines.append(f"-: outside the law, which holds from {law['least_tokens']:,.0f}{most} tokens")
     return lines
 
 

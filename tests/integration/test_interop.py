@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from pipeline import cli
+from tests.object_stores import RunningS3, upload
 from tests.runs import run_settings, save_run_cache, save_run_teacher, weights_of
 from train.config import TrainConfig
 from train.loop import train
@@ -153,9 +154,19 @@ def test_other_commands_do_without_what_is_not_known(
     cache = str(folder / "imported")
     page = tmp_path / "report.html"
     assert cli.run(["report", "--cache", cache, "--out", str(page)]) == 0
-    assert "not known" in page.read_text()
+    assert "by no teacher that ran for it" in page.read_text()
     capsys.readouterr()
     assert cli.run(["transcode", cache, "--k", "2", "--out", str(tmp_path / "small"), "--dry-run"]) == 0
     assert "imported log-probabilities" in capsys.readouterr().out
     assert cli.run(["inspect", cache]) == 0
     assert "tail bucket or renormalise" in capsys.readouterr().out
+
+
+def test_a_cache_in_a_store_is_exported_as_its_folder_is(s3: RunningS3, folder: Path, tmp_path: Path) -> None:
+    url = upload(folder / "cache", "interop").url
+    flags = ["--to", "parquet", "--logprobs", "full", "--copy-folder", str(tmp_path / "copies")]
+    assert cli.run(["export", url, *flags, "--out", str(tmp_path / "out")]) == 0
+    files = sorted(path.name for path in (folder / "export" / "data").iterdir())
+    assert sorted(path.name for path in (tmp_path / "out" / "data").iterdir()) == files
+    for name in files:
+        assert (tmp_path / "out" / "data" / name).read_bytes() == (folder / "export" / "data" / name).read_bytes()
