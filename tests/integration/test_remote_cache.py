@@ -28,6 +28,9 @@ from train.batches import StepPlan, micro_batches
 from train.config import TrainConfig
 from train.dataset import BlockSampler, CacheDataset, CacheLoader
 from train.loop import train as train_student
+from train.report import cache_facts
+from train.report.config import ReportConfig
+from train.report.facts import report_facts
 
 COPY_GB = 8e-6
 """Room for some two windows of the cache's shards."""
@@ -196,3 +199,16 @@ def test_commands_take_an_address(
     assert list((tmp_path / "home" / "copies").rglob("c.*"))
     with pytest.raises(BadInputError, match="not-a-folder"):
         CliRunner().invoke(cli, ["repair", store.url], catch_exceptions=False)
+
+
+def test_a_report_of_an_address_is_that_of_the_folder(
+    store: ObjectStore, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, copies = tmp_path / "report.html", tmp_path / "copies"
+    # Of the folder as many shards are decoded as are fetched of the store.
+    monkeypatch.setattr(cache_facts, "_DECODED_SHARDS", cache_facts._FETCHED_SHARDS)
+    remote = report_facts(ReportConfig(out=out, cache=store.url, copy_folder=copies))["cache"]
+    local = report_facts(ReportConfig(out=out, cache=cache))["cache"]
+    assert remote["cache"] == store.url
+    assert remote["sample"]["examples"][0]["tokens"]
+    assert remote | {"cache": None} == local | {"cache": None}
