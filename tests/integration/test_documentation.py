@@ -43,8 +43,8 @@ def reader_s_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "gpt2").symlink_to("my-teacher")
     (folder / "pipeline").mkdir()
     (folder / "pipeline" / "demo_teacher").symlink_to(ROOT / "pipeline" / "demo_teacher")
-    words = np.random.default_rng(0).integers(2, 100, size=12_000)
-    for name, part in (("my-text.txt", words[:9000]), ("held-out.txt", words[9000:])):
+    words = np.random.default_rng(0).integers(2, 100, size=9_500)
+    for name, part in (("my-text.txt", words[:6500]), ("held-out.txt", words[6500:])):
         (folder / name).write_text(" ".join(f"w{word}" for word in part))
     ids = [words[start : start + 50].astype(np.uint16) for start in range(0, 500, 50)]
     (folder / "binarized.pickle").write_bytes(pickle.dumps(ids))
