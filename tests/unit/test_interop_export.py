@@ -24,7 +24,8 @@ from cache_spec.reader import CacheReader
 from cache_spec.targets import Array, HeadTargets, HiddenTargets, dense
 from pipeline.interop import tables_out
 from pipeline.interop.config import ExportConfig
-from pipeline.interop.export import INDEX_NAME, AsParquet, export
+from pipeline.interop.export import AsParquet, export
+from pipeline.interop.index import INDEX_NAME
 from tests.conformance.generate import CASES, VALID
 from tests.refusals import refusal, refused
 from tests.synthetic import make_manifest, make_rows, write_cache
