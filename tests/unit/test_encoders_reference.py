@@ -20,7 +20,6 @@ from tests.conformance import examples
 from tests.conformance.generate import CASES
 from tests.synthetic import make_manifest
 
-
 CAPTURED = {name: case for name, case in CASES.items() if "imported" not in case.sizes}
 
 
