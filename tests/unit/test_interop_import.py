@@ -387,17 +387,6 @@ WRONG: dict[str, tuple[str, str, Callable[[Text], dict[str, Any]], dict[str, Any
         {},
     ),
     "attention that is no list": ("bad-column", "0 and 1", lambda t: {"attention_mask": [1] * len(t.tokens)}, {}),
-    "one position that is not the top": (
-        "not-top-k",
-        "row 3, position 7",
-        lambda t: {
-            "target_logprobs": [
-                [[x - 4 for x in e] if (n, i) == (3, 7) else e for i, e in enumerate(r)]
-                for n, r in enumerate(t.logprobs)
-            ]
-        },
-        {},
-    ),
     "no whole numbers": ("bad-column", "whole numbers", lambda t: {"target_token_ids": t.logprobs}, {}),
     "a vocabulary too small": ("vocabulary-mismatch", "tokenizer", lambda t: {}, {"vocab_size": 10}),
     "no row with a target": (
@@ -469,6 +458,10 @@ def test_what_does_not_fit_below_the_last_kept_token_is_counted(
     assert facts["positions_beyond"] == 1
     assert f"1 of {6 * sum(LENGTHS)} positions" in caplog.text
     assert verify_cache(tmp_path / "cache") == []
+    # A single one that leaves much more is refused: these are no top k.
+    text.logprobs[1][2] = (other - 0.05).tolist()
+    far = ImportConfig(from_=(text.write(tmp_path / "b.parquet"),), out=tmp_path / "far", tokenizer=tokenizer)
+    assert "row 1, position 2" in refused("not-top-k", import_logprobs, far, quiet=True)
 
 
 def test_only_tokens_that_are_kept_decide_what_fits(tmp_path: Path, tokenizer: str) -> None:
