@@ -65,8 +65,9 @@ def export(config: ExportConfig, *, quiet: bool = False) -> dict[str, Any]:
     """Write, or finish, the export that ``config`` describes; returns its summary.
 
     Raises BadInputError for a cache that has no such form (``masked-cache``, ``no-top-k``, ``undeclared-temperature``,
-    ``imported-cache``, ``unused-setting``), KdpipeError ``not-as-written`` for a file that reads back differently, and
-    WouldLoseDataError ``not-an-export``, ``other-export`` or ``export-in-use`` for a folder that holds something else.
+    ``imported-cache``, ``unused-setting``) or a ``broken-export``, KdpipeError ``not-as-written`` for a file that reads
+    back differently, and WouldLoseDataError ``not-an-export``, ``other-export`` or ``export-in-use`` for a folder that
+    holds something else.
     """
     reader = CacheReader.open(config.cache, config)
     form = form_of(config, reader)
