@@ -124,7 +124,7 @@ def lost(config: ExportConfig, reader: CacheReader) -> list[str]:
     else:
         if config.logprobs == "renormalised" and not config.tail:
             lines.append("The mass outside the kept tokens: values sum to one without it (--tail keeps it).")
-        if not config.tail:
+        if not config.tail or encoding.any_temperature:
             lines.append(
                 f"Every temperature but {config.temperature:g}: truncated values cannot be brought to another."
             )

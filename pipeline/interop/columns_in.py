@@ -8,7 +8,7 @@ Legend of axes: R rows of a batch, P their positions, E entries of all positions
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +26,7 @@ TOKENS = ("input_ids", "prompt_token_ids", "tokens")
 IDS = ("target_token_ids", "topk_ids", "top_ids")
 LOGPROBS = ("target_logprobs", "prompt_logprobs", "topk_logprobs", "top_logprobs")
 MASKS = ("target_mask",)
+ATTENTION = "attention_mask"
 _PAIR_IDS, _PAIR_LOGPROBS = ("token_id", "id", "token", "key"), ("logprob", "value")
 _TOKEN_PREFIX = "token_id:"
 
@@ -38,6 +39,13 @@ class Columns(NamedTuple):
     ids: str | None
     """None where ``logprobs`` holds pairs."""
     mask: str | None
+    attention: str | None
+    """What tells a row's tokens from its padding."""
+
+    @property
+    def names(self) -> list[str]:
+        """Those that are there."""
+        return [name for name in self if name is not None]
 
 
 def find_columns(config: ImportConfig, path: Path) -> Columns:
@@ -54,6 +62,11 @@ def find_columns(config: ImportConfig, path: Path) -> Columns:
     mask = _column(schema.names, config.mask_column, MASKS, path, "--mask-column", needed=False)
     assert tokens is not None
     assert logprobs is not None
+    attention = ATTENTION if ATTENTION in schema.names else None
+    if not _is_list_of(kind := schema.field(tokens).type, pa.types.is_integer):
+        raise BadInputError("bad-column", f"{path}: {tokens}", expected="a list of whole numbers", found=kind)
+    if attention is not None and not _is_list_of(kind := schema.field(attention).type, _is_flag):
+        raise BadInputError("bad-column", f"{path}: {attention}", expected="a list of 0 and 1", found=kind)
     inner = _inner(schema.field(logprobs).type, f"{path}: {logprobs}")
     ids: str | None = None
     if not (pa.types.is_map(inner) or pa.types.is_struct(inner.value_type)):
@@ -65,7 +78,7 @@ def find_columns(config: ImportConfig, path: Path) -> Columns:
         raise BadInputError("bad-column", path, expected="pairs, or two columns", found=found)
     if mask is not None:
         _inner(schema.field(mask).type, f"{path}: {mask}")
-    return Columns(tokens, logprobs, ids, mask)
+    return Columns(tokens, logprobs, ids, mask, attention)
 
 
 def unnest(column: Any) -> tuple[Array, Any]:
@@ -90,6 +103,9 @@ def entries_of(batch: pa.RecordBatch, columns: Columns, place: str) -> tuple[Arr
             raise BadInputError("bad-column", where, expected=expected, found=", ".join(sorted(names)))
         ids, logprobs = pc.struct_field(values, id_name), pc.struct_field(values, name)
         if pa.types.is_struct(logprobs.type):
+            inner = [field.name for field in logprobs.type]
+            if "logprob" not in inner:
+                raise BadInputError("bad-column", where, expected="structs of logprob", found=", ".join(inner))
             logprobs = pc.struct_field(logprobs, "logprob")
         return lists_R, counts_P, *_entries(ids, logprobs, where, where)
     rows_R, lists = unnest(batch.column(columns.ids))
@@ -109,9 +125,28 @@ def flags_of(batch: pa.RecordBatch, columns: Columns, counts_P: Array, lists_R: 
     if not np.array_equal(rows_R, lists_R) or not np.array_equal(mask_P, counts_P):
         found = f"lists of other lengths in {columns.mask} than in {columns.logprobs}"
         raise BadInputError("uneven-row", place, expected="a flag for each log-probability", found=found)
-    if not (pa.types.is_integer(flags.type) or pa.types.is_boolean(flags.type)):
+    if not _is_flag(flags.type):
         raise BadInputError("bad-column", f"{place}: {columns.mask}", expected="lists of 0 and 1", found=flags.type)
-    return np.asarray(pc.fill_null(flags.cast(pa.int64()), 0).to_numpy(zero_copy_only=False), np.float64)
+    return _as_bool(flags).astype(np.float64)
+
+
+def attended_of(batch: pa.RecordBatch, columns: Columns, tokens_R: Array, place: str) -> Array | None:
+    """Which of all tokens are text, bool; None where there is no column of it."""
+    if columns.attention is None:
+        return None
+    flags_R, flags = unnest(batch.column(columns.attention))
+    if not np.array_equal(flags_R, tokens_R):
+        found = f"lists of other lengths in {columns.attention} than in {columns.tokens}"
+        raise BadInputError("uneven-row", place, expected="a flag for each token", found=found)
+    return _as_bool(flags)
+
+
+def signed(values: Any, place: str) -> Any:
+    """Whole numbers as int64; BadInputError ``id-out-of-range`` for one that has no place there."""
+    try:
+        return values.cast(pa.int64())
+    except pa.ArrowInvalid as error:
+        raise BadInputError("id-out-of-range", place, expected="ids below 2^63", found=first_line(error)) from None
 
 
 def _column(
@@ -143,6 +178,19 @@ def _is_list(kind: Any) -> bool:
     return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
 
 
+def _is_list_of(kind: Any, is_value: Callable[[Any], bool]) -> bool:
+    return _is_list(kind) and is_value(kind.value_type)
+
+
+def _is_flag(kind: Any) -> bool:
+    return bool(pa.types.is_integer(kind) or pa.types.is_boolean(kind))
+
+
+def _as_bool(flags: Any) -> Array:
+    is_set = flags if pa.types.is_boolean(flags.type) else pc.greater(flags, pa.scalar(0, flags.type))
+    return np.asarray(pc.fill_null(is_set, False).to_numpy(zero_copy_only=False), bool)
+
+
 def _entries(ids: Any, logprobs: Any, ids_place: str, place: str) -> tuple[Array, Array]:
     """Ids as int64, from numbers or from text such as ``token_id:17``; log-probabilities, -inf where either is null."""
     if pa.types.is_string(ids.type) or pa.types.is_large_string(ids.type):
@@ -156,5 +204,5 @@ def _entries(ids: Any, logprobs: Any, ids_place: str, place: str) -> tuple[Array
         raise BadInputError("bad-column", place, expected="real numbers", found=logprobs.type)
     is_null = pc.or_(ids.is_null(), logprobs.is_null()).to_numpy(zero_copy_only=False)
     numbers = np.asarray(logprobs.to_numpy(zero_copy_only=False), np.float64)
-    whole = np.asarray(pc.fill_null(ids.cast(pa.int64()), 0).to_numpy(zero_copy_only=False))
+    whole = np.asarray(pc.fill_null(signed(ids, ids_place), 0).to_numpy(zero_copy_only=False))
     return whole, np.where(is_null, -np.inf, numbers)

@@ -38,7 +38,8 @@ class ExportConfig(CopySettings):
     """What log-probabilities of parquet add up to: one over the kept tokens, as axolotl's KD plugin takes them; or,
     full, one with the mass of all others."""
     tail: bool = False
-    """Add columns log_tail_mass_tX to parquet: log of the mass of all other tokens at each temperature X."""
+    """Add columns log_tail_mass_tX to parquet: log of the mass of all other tokens at each temperature X of the cache;
+    of hidden states, which have any, at --temperature alone."""
     dtype: Literal["float32", "float16"] = "float32"
     """Type of log-probabilities."""
     shards_per_file: int = Field(default=1, ge=1)

@@ -22,17 +22,17 @@ import numpy as np
 from tqdm import tqdm
 
 from cache_spec.durable import TEMPORARY_PREFIX, make_folder, remove_leftovers, replace_file, sync_folder, writing
-from cache_spec.errors import BadInputError, KdpipeError, WouldLoseDataError
+from cache_spec.errors import KdpipeError, WouldLoseDataError
 from cache_spec.reader import CacheReader
 from cache_spec.targets import Array
 from pipeline.interop.arrays_out import MEANING, bytes_of_block, shard_arrays, table_arrays
 from pipeline.interop.card import export_card
 from pipeline.interop.config import ExportConfig
+from pipeline.interop.index import INDEX_NAME, ExportedFile, Index, read_index, write_index
 
 logger = logging.getLogger("kdpipe")
 
-INDEX_NAME = "export.json"
-FORMAT, FORMAT_VERSION = "kdpipe-export", 1
+_PAGE_NAME = "README.md"
 _LOCK_NAME = ".lock"
 _BATCH_BYTES = 1 << 26
 _SHARDS_AHEAD = 2
@@ -72,26 +72,31 @@ def export(config: ExportConfig, *, quiet: bool = False) -> dict[str, Any]:
     form = form_of(config, reader)
     manifest, parts = reader.manifest, form.parts()
     settings = config.model_dump(mode="json", exclude=_NOT_SETTINGS)
-    with _exclusive(config.out, manifest.fingerprint, settings) as files:
-        todo = [part for part in parts if not _is_there(config.out, files.get(part.name))]
+    with _exclusive(config.out, Index(fingerprint=manifest.fingerprint, settings=settings)) as index:
+        index_path, files = config.out / INDEX_NAME, dict(index.files)
+        todo = [part for part in parts if not _is_whole(config.out / part.name, files.get(part.name))]
         if not todo:
             logger.info("%s is exported already: nothing to do", config.out)
+        elif index.finished:
+            index = index.model_copy(update={"finished": False})
+            write_index(index_path, index)
         total = manifest.blocks.num_blocks * manifest.blocks.block_tokens
         left = sum(part.num_blocks for part in todo) * manifest.blocks.block_tokens
         with tqdm(
             total=total, initial=total - left, unit="tok", unit_scale=True, desc="export", disable=quiet or None
         ) as bar:
             for part in todo:
-                files[part.name] = {**_publish(config.out, form, part, bar.update), "name": part.name}
-                _write_index(config.out, manifest.fingerprint, settings, files, is_finished=False)
+                files[part.name] = _publish(config.out, form, part, bar.update)
+                index = index.model_copy(update={"files": dict(sorted(files.items())), "finished": False})
+                write_index(index_path, index)
         for name in sorted(manifest.files):
             if Path(name).name != "zarr.json":
                 make_folder((config.out / name).parent)
                 replace_file(config.out / name, (reader.path / name).read_bytes())
         replace_file(config.out / "manifest.json", manifest.to_json())
-        num_bytes = sum(file["num_bytes"] for file in files.values())
-        replace_file(config.out / "README.md", export_card(config, reader, num_bytes).encode())
-        _write_index(config.out, manifest.fingerprint, settings, files, is_finished=True)
+        num_bytes = sum(file.num_bytes for file in files.values())
+        index = _with_page(config.out, index, export_card(config, reader, num_bytes).encode())
+        write_index(index_path, index.model_copy(update={"finished": True}))
     num_tokens = manifest.corpus.num_tokens
     return {
         "out": str(config.out),
@@ -144,14 +149,16 @@ class AsParquet:
         from pipeline.interop.tables_out import table_digest
 
         schema, digests = self._columns.schema, []
-        token_bytes = 16 * self._columns.k + 16
+        # What is read of a block, and what it becomes.
+        block_bytes = bytes_of_block(self._reader)
+        block_bytes += (16 * self._columns.k + 16) * self._reader.manifest.blocks.block_tokens
         floats = [field.name for field in schema if "float" in str(field.type)]
         leaves = [leaf for leaf in _leaves(schema) if leaf.partition(".")[0] in floats]
         others = [leaf for leaf in _leaves(schema) if leaf not in leaves]
         with parquet.ParquetWriter(
             path, schema, compression="zstd", use_dictionary=others, use_byte_stream_split=leaves
         ) as writer:
-            for blocks in _batches(self._reader, part, token_bytes * self._reader.manifest.blocks.block_tokens):
+            for blocks in _batches(self._reader, part, block_bytes):
                 table = self._columns.table(self._reader, blocks)
                 digests.append(table_digest(table))
                 writer.write_table(table, row_group_size=len(blocks))
@@ -227,7 +234,7 @@ def _batches(reader: CacheReader, part: Part, block_bytes: int) -> Iterator[Arra
             yield np.arange(start, stop)
 
 
-def _publish(out: Path, form: Form, part: Part, seen: Callable[[int], object]) -> dict[str, Any]:
+def _publish(out: Path, form: Form, part: Part, seen: Callable[[int], object]) -> ExportedFile:
     """Write one file under a temporary name, and give it its own once it is whole; returns its entry in the index."""
     path = out / part.name
     make_folder(path.parent)
@@ -237,12 +244,12 @@ def _publish(out: Path, form: Form, part: Part, seen: Callable[[int], object]) -
             form.write(part, temporary, seen)
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
-                entry = {
-                    "num_bytes": os.fstat(file.fileno()).st_size,
-                    "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
-                    "first_block": part.first_block,
-                    "num_blocks": part.num_blocks,
-                }
+                entry = ExportedFile(
+                    num_bytes=os.fstat(file.fileno()).st_size,
+                    sha256=hashlib.file_digest(file, "sha256").hexdigest(),
+                    first_block=part.first_block,
+                    num_blocks=part.num_blocks,
+                )
             os.replace(temporary, path)
             sync_folder(path.parent)
         finally:
@@ -250,16 +257,38 @@ def _publish(out: Path, form: Form, part: Part, seen: Callable[[int], object]) -
     return entry
 
 
-def _is_there(out: Path, entry: dict[str, Any] | None) -> bool:
-    if entry is None:
+def _is_whole(path: Path, entry: ExportedFile | None) -> bool:
+    """Whether a file that the index lists is there as it was written."""
+    if entry is None or not path.is_file():
         return False
-    path = out / entry["name"]
-    return path.is_file() and bool(path.stat().st_size == entry["num_bytes"])
+    if path.stat().st_size == entry.num_bytes and _sha256(path) == entry.sha256:
+        return True
+    logger.warning("%s is not as it was written: it is written again", path)
+    return False
+
+
+def _with_page(out: Path, index: Index, page: bytes) -> Index:
+    """Write the export's page, unless somebody changed the one that is there; gives an index that knows it."""
+    path, digest = out / _PAGE_NAME, hashlib.sha256(page).hexdigest()
+    there = _sha256(path) if path.is_file() else None
+    if there not in (None, digest, index.page_sha256):
+        logger.info("%s was changed since it was written: it is left as it is", path)
+        return index
+    index = index.model_copy(update={"page_sha256": digest})
+    if there != digest:
+        write_index(out / INDEX_NAME, index)  # first: an interruption leaves no page that counts as somebody's
+        replace_file(path, page)
+    return index
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager
-def _exclusive(out: Path, fingerprint: str, settings: dict[str, Any]) -> Iterator[dict[str, dict[str, Any]]]:
-    """Hold the folder for this process; gives the files that are whole, by name."""
+def _exclusive(out: Path, new: Index) -> Iterator[Index]:
+    """Hold the folder for this process; gives the index that is there, or ``new``."""
     if out.exists() and not out.is_dir():
         raise WouldLoseDataError("not-an-export", out, expected="a folder", found="a file")
     names = {path.name for path in out.iterdir()} if out.is_dir() else set()
@@ -276,44 +305,25 @@ def _exclusive(out: Path, fingerprint: str, settings: dict[str, Any]) -> Iterato
             hint = "another process is writing it; wait for it, or stop it"
             raise WouldLoseDataError("export-in-use", out, hint=hint) from None
     try:
-        files = _read_index(out, fingerprint, settings)
-        if not files:
-            _write_index(out, fingerprint, settings, {}, is_finished=False)
+        index = _existing(out, new)
+        if index is None:
+            write_index(out / INDEX_NAME, new)
         remove_leftovers([out, out / "data", out / "shards"])
-        yield files
+        yield index or new
     finally:
         lock.release()
 
 
-def _read_index(out: Path, fingerprint: str, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def _existing(out: Path, new: Index) -> Index | None:
+    """The index that is there, of the same cache and settings as ``new``."""
     path = out / INDEX_NAME
     if not path.exists():
-        return {}
-    try:
-        index = json.loads(path.read_bytes())
-        same = (index["format"], index["format_version"]) == (FORMAT, FORMAT_VERSION)
-        files = {name: {**entry, "name": name} for name, entry in index["files"].items()}
-        ours = {"fingerprint": fingerprint, **settings}
-        theirs = {"fingerprint": index["fingerprint"], **index["settings"]}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise BadInputError("broken-export", path, expected="the index of an export") from None
-    if not same or ours != theirs:
+        return None
+    index = read_index(path)
+    ours = {"fingerprint": new.fingerprint, **new.settings}
+    theirs = {"fingerprint": index.fingerprint, **index.settings}
+    if ours != theirs:
         found = ", ".join(f"{key} {theirs.get(key)}" for key in ours if ours[key] != theirs.get(key))
         hint = "give another --out, or the old settings"
         raise WouldLoseDataError("other-export", out, expected="an export of this cache", found=found, hint=hint)
-    return files
-
-
-def _write_index(
-    out: Path, fingerprint: str, settings: dict[str, Any], files: dict[str, dict[str, Any]], *, is_finished: bool
-) -> None:
-    listed = {name: {k: v for k, v in entry.items() if k != "name"} for name, entry in sorted(files.items())}
-    body = {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "fingerprint": fingerprint,
-        "settings": settings,
-        "finished": is_finished,
-        "files": listed,
-    }
-    replace_file(out / INDEX_NAME, (json.dumps(body, indent=1, sort_keys=True) + "\n").encode())
+    return index

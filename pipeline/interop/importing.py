@@ -1,7 +1,8 @@
 """``kdpipe import``: Parquet files of token ids and top-k log-probabilities become a cache that says what it is.
 
-In: files and settings. Out: a finished cache of encoding ``topk`` with the field ``imported``. Files are read twice:
-once to check every row and to learn sizes, then shard by shard, in bounded memory.
+In: files and settings. Out: a finished cache of encoding ``topk`` with the field ``imported``. A file's bytes are
+read once for their digest, its rows once to check every one and to learn sizes, its tokens once more for the text's
+digest, and the rows of shards that are still to be made again, all in bounded memory.
 
 Legend of axes: N positions, B blocks, T tokens, K kept.
 """
@@ -25,7 +26,7 @@ from cache_spec.targets import Array, Geometry
 from pipeline import folder
 from pipeline.interop.config import ImportConfig
 from pipeline.interop.rows_in import Rows, read_rows, read_tokens
-from pipeline.interop.scan import Scan, scan_rows
+from pipeline.interop.scan import Scan, most_outside, scan_rows
 from pipeline.interop.sources import Source
 from pipeline.source import provenance
 
@@ -35,9 +36,10 @@ logger = logging.getLogger("kdpipe")
 def import_logprobs(config: ImportConfig, *, quiet: bool = False) -> dict[str, Any]:
     """Make, or finish, the cache that ``config`` describes; returns its summary.
 
-    Raises BadInputError, among its kinds those of ``read_rows`` and ``find_columns``, ``no-text``, ``row-too-long``,
-    ``short-list``, ``wrong-shift``, ``not-top-k``, ``mass-not-one``, ``vocabulary-mismatch``, ``no-tokenizer`` and
-    ``no-eos``; and WouldLoseDataError for a folder that holds another cache.
+    Raises BadInputError, among its kinds those of ``read_rows``, ``find_columns`` and ``check_exports``, ``no-text``,
+    ``repeated-file``, ``row-too-long``, ``short-list``, ``wrong-shift``, ``not-top-k``, ``mass-not-one``,
+    ``vocabulary-mismatch``, ``no-tokenizer`` and ``no-eos``; and WouldLoseDataError for a folder that holds another
+    cache.
     """
     source = Source.of(config)
     with folder.exclusive(config.out) as existing:
@@ -188,9 +190,8 @@ def _arrays(manifest: Manifest, rows: Rows) -> dict[str, Array]:
     if imported.logprobs == "renormalised" or encoding.k == vocab_size:
         mass_N = np.zeros_like(sums_N)
     else:
-        # Between nothing and what less probable tokens can have, to the rounding that H-5 allows for.
-        levels_N = np.rint(np.exp(logprobs_NK[:, -1] / 2) * encoding.levels) + 1
-        mass_N = np.clip(1 - sums_N, 0, (vocab_size - encoding.k) * (levels_N / encoding.levels) ** 2)
+        # Between nothing and what less probable tokens can have.
+        mass_N = np.clip(1 - sums_N, 0, most_outside(logprobs_NK[:, -1], vocab_size - encoding.k, encoding.levels))
     logprobs_NK = logprobs_NK + np.log((1 - mass_N) / sums_N)[:, None]
     with np.errstate(divide="ignore"):
         odds_N = np.log(mass_N) - np.log1p(-mass_N)

@@ -20,7 +20,7 @@ from pyarrow import parquet
 from cache_spec.errors import BadInputError
 from cache_spec.failures import first_line
 from cache_spec.targets import Array
-from pipeline.interop.columns_in import Columns, entries_of, flags_of, unnest
+from pipeline.interop.columns_in import Columns, attended_of, entries_of, flags_of, signed, unnest
 
 ROWS_AT_ONCE = 64
 # What others write for an entry that is none: axolotl's collator has -1e9.
@@ -86,8 +86,7 @@ def read_rows(
     path: Path, columns: Columns, declared: Declared, wanted: Callable[[int, int], bool] = lambda first, count: True
 ) -> Iterator[Rows]:
     """The rows of a file in order; row groups and batches that are not ``wanted`` (first row, rows) are left out."""
-    names = [columns.tokens, columns.logprobs, *(name for name in (columns.ids, columns.mask) if name)]
-    for first_row, batch in _record_batches(path, names, wanted):
+    for first_row, batch in _record_batches(path, columns.names, wanted):
         yield _parsed(batch, str(path), first_row, columns, declared)
 
 
@@ -125,10 +124,22 @@ def _parsed(batch: pa.RecordBatch, place: str, first_row: int, columns: Columns,
     tokens_E = _whole_numbers(tokens, f"{place}: {columns.tokens}")
     lists_R, counts_P, ids_E, logprobs_E = entries_of(batch, columns, place)
     _check_lengths(tokens_R, lists_R, declared.shift, at)
+    mask_E = flags_of(batch, columns, counts_P, lists_R, place)
+    attended_E = attended_of(batch, columns, tokens_R, place)
+    if attended_E is not None:
+        text_R = _text_lengths(attended_E, tokens_R, at)
+        is_text_P = _within(lists_R) < np.repeat(text_R, lists_R)
+        of_text_E = np.repeat(is_text_P, counts_P)
+        ids_E, logprobs_E, mask_E = (
+            ids_E[of_text_E],
+            logprobs_E[of_text_E],
+            mask_E if mask_E is None else mask_E[of_text_E],
+        )
+        tokens_E, counts_P = tokens_E[attended_E], counts_P[is_text_P]
+        tokens_R, lists_R = text_R, np.minimum(lists_R, text_R)
     row_P = np.repeat(np.arange(len(lists_R)), lists_R)
     position_P = _within(lists_R) - declared.shift
     of_E = np.repeat(np.arange(len(counts_P)), counts_P)
-    mask_E = flags_of(batch, columns, counts_P, lists_R, place)
 
     def at_entry(entry: int) -> str:
         return at(int(row_P[of_E[entry]]), int(position_P[of_E[entry]] + declared.shift))
@@ -192,6 +203,18 @@ def _check_lengths(tokens_R: Array, lists_R: Array, shift: int, at: Callable[...
         raise BadInputError("uneven-row", at(int(bad[0])), expected=expected, found=f"{lists_R[bad[0]]} lists")
 
 
+def _text_lengths(attended_E: Array, tokens_R: Array, at: Callable[..., str]) -> Array:
+    """Tokens of each row before its padding; BadInputError ``attention-hole`` for padding before a row's text ends."""
+    row_E, within_E = np.repeat(np.arange(len(tokens_R)), tokens_R), _within(tokens_R)
+    text_R = np.bincount(row_E[attended_E], minlength=len(tokens_R))
+    if len(bad := np.flatnonzero(attended_E & (within_E >= text_R[row_E]))):
+        row = int(row_E[bad[0]])
+        hole = int(within_E[(row_E == row) & ~attended_E][0])
+        expected, hint = "an attention_mask of 1 up to a row's last token", "cut the row there, or pad on the right"
+        raise BadInputError("attention-hole", at(row, hole), expected=expected, found=0, hint=hint)
+    return text_R
+
+
 def _block_lengths(
     counts_P: Array, row_P: Array, position_P: Array, tokens_R: Array, at: Callable[..., str], shift: int
 ) -> Array:
@@ -242,7 +265,7 @@ def masses(rows: Rows) -> Array:
 def _whole_numbers(values: Any, place: str) -> Array:
     if values.null_count or not pa.types.is_integer(values.type):
         raise BadInputError("bad-column", place, expected="lists of whole numbers", found=values.type)
-    numbers: Array = values.to_numpy(zero_copy_only=False).astype(np.int64)
+    numbers: Array = signed(values, place).to_numpy(zero_copy_only=False)
     return numbers
 
 

@@ -15,6 +15,7 @@ from cache_spec.manifest import TokenizerInfo
 from pipeline import folder
 from pipeline.interop.columns_in import Columns, find_columns
 from pipeline.interop.config import ImportConfig
+from pipeline.interop.files_in import check_exports, parquet_files
 from pipeline.interop.rows_in import Declared
 from pipeline.teacher_description import save_config, save_tokenizer
 from pipeline.teacher_files import (
@@ -32,6 +33,8 @@ class Source:
 
     config: ImportConfig
     paths: tuple[Path, ...]
+    names: tuple[str, ...]
+    """Of the files, for the record: their paths below what was given, each another."""
     columns: tuple[Columns, ...]
     """Of each file."""
     declared: Declared
@@ -46,7 +49,8 @@ class Source:
     @classmethod
     def of(cls, config: ImportConfig) -> Source:
         """Find and check everything but the rows."""
-        paths = _paths(config.from_)
+        paths, names = parquet_files(config.from_)
+        check_exports(paths, config.logprobs)
         files = tokenizer_files(config.tokenizer)
         loaded = load_tokenizer(files)
         own_size = max(loaded.get_vocab().values()) + 1
@@ -70,6 +74,7 @@ class Source:
         return cls(
             config=config,
             paths=paths,
+            names=names,
             columns=tuple(find_columns(config, path) for path in paths),
             declared=Declared(
                 vocab_size=vocab_size,
@@ -96,14 +101,3 @@ class Source:
                 save_config(self.config_files, scratch)
         found = (path for path in sorted(scratch.rglob("*")) if path.is_file())
         return {path.relative_to(scratch).as_posix(): path.read_bytes() for path in found}
-
-
-def _paths(sources: tuple[Path, ...]) -> tuple[Path, ...]:
-    paths: list[Path] = []
-    for source in sources:
-        found = sorted(source.rglob("*.parquet")) if source.is_dir() else [source]
-        found = [path for path in found if not any(part.startswith(".") for part in path.relative_to(source).parts)]
-        if not all(path.is_file() for path in found) or not found:
-            raise BadInputError("no-text", source, expected="a Parquet file, or a folder of them")
-        paths += found
-    return tuple(paths)

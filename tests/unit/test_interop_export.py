@@ -23,8 +23,10 @@ from cache_spec.errors import KdpipeError, WouldLoseDataError
 from cache_spec.reader import CacheReader
 from cache_spec.targets import Array, HeadTargets, HiddenTargets, dense
 from pipeline.interop import tables_out
+from pipeline.interop.arrays_out import bytes_of_block
 from pipeline.interop.config import ExportConfig
-from pipeline.interop.export import INDEX_NAME, AsParquet, export
+from pipeline.interop.export import AsParquet, export
+from pipeline.interop.index import INDEX_NAME
 from tests.conformance.generate import CASES, VALID
 from tests.refusals import refusal, refused
 from tests.synthetic import make_manifest, make_rows, write_cache
@@ -294,3 +296,73 @@ def test_small_heads_leave_their_mass_to_the_tail(tmp_path: Path) -> None:
     for row in opened(tmp_path / "out", tmp_path / "hub"):
         sums = np.exp(row["target_logprobs"]).sum(1) + np.exp(row["log_tail_mass_t1"])
         np.testing.assert_allclose(sums, 1, atol=1e-5)
+
+
+def test_a_page_that_somebody_edited_is_left_alone(tmp_path: Path) -> None:
+    page = exported("plain", tmp_path / "out") / "README.md"
+    ours = page.read_text()
+    page.write_text("mine")
+    exported("plain", tmp_path / "out")
+    assert page.read_text() == "mine"
+    page.unlink()
+    exported("plain", tmp_path / "out")
+    assert page.read_text() == ours
+
+
+def test_our_page_of_another_time_is_written_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.interop.export.export_card", lambda *about: "as it was once")
+        page = exported("plain", tmp_path / "out") / "README.md"
+        assert page.read_text() == "as it was once"
+    exported("plain", tmp_path / "out")
+    assert "What is lost" in page.read_text()
+
+
+def test_a_file_that_was_changed_in_place_is_written_again(tmp_path: Path) -> None:
+    out = exported("plain", tmp_path / "out")
+    file = sorted((out / "data").iterdir())[1]
+    good = file.read_bytes()
+    file.write_bytes(good[:-9] + bytes([good[-9] ^ 1]) + good[-8:])
+    facts = export(ExportConfig(cache=VALID / "plain", to="parquet", out=out), quiet=True)
+    assert facts["files_written_now"] == 1
+    assert file.read_bytes() == good
+    assert json.loads((out / INDEX_NAME).read_text())["finished"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda index: index["files"]["data/train-00000-of-00002.parquet"].pop("num_bytes"),
+        lambda index: index["files"].update({"data/train-00000-of-00002.parquet": 3}),
+        lambda index: index.pop("settings"),
+        lambda index: index.update(format_version=2),
+    ],
+)
+def test_an_index_that_is_none_is_refused(tmp_path: Path, change: Any) -> None:
+    path = exported("plain", tmp_path / "out") / INDEX_NAME
+    index = json.loads(path.read_text())
+    change(index)
+    path.write_text(json.dumps(index))
+    config = ExportConfig(cache=VALID / "plain", to="parquet", out=tmp_path / "out")
+    assert INDEX_NAME in refused("broken-export", export, config, quiet=True)
+
+
+def test_states_that_are_read_count_as_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch of rows is as large as the states of its blocks, not as the few columns that they become."""
+    reader = CacheReader.open(VALID / "hidden")
+    blocks = reader.manifest.blocks
+    columns_of_two = 2 * (16 + 16) * blocks.block_tokens
+    assert columns_of_two < bytes_of_block(reader) + columns_of_two // 2
+    monkeypatch.setattr("pipeline.interop.export._BATCH_BYTES", columns_of_two)
+    out = exported("hidden", tmp_path / "out", k=1, shards_per_file=9)
+    with parquet.ParquetFile(next((out / "data").iterdir())) as file:
+        sizes = [file.metadata.row_group(at).num_rows for at in range(file.num_row_groups)]
+    assert sum(sizes) == blocks.num_blocks > 1
+    assert max(sizes) == 1
+
+
+def test_states_have_a_tail_at_the_one_temperature_that_was_asked_for(tmp_path: Path) -> None:
+    out = exported("hidden-int8", tmp_path / "out", tail=True, temperature=2.0)
+    names = parquet.read_schema(next((out / "data").iterdir())).names
+    assert [name for name in names if name.startswith("log_tail_mass")] == ["log_tail_mass_t2"]
+    assert "Every temperature but 2" in (out / "README.md").read_text()

@@ -19,7 +19,7 @@ from pyarrow import parquet
 from cache_spec import commit as cache_commit
 from cache_spec.errors import WouldLoseDataError
 from cache_spec.reader import CacheReader
-from cache_spec.targets import Array, HeadTargets
+from cache_spec.targets import Array, HeadTargets, dense
 from cache_spec.validate import verify_cache
 from pipeline.interop import importing
 from pipeline.interop.config import ExportConfig, ImportConfig
@@ -97,6 +97,7 @@ def pairs(text: Text, entry: Callable[[int, float], Any], *, first: Any = None, 
     return pa.array([row[:-1] for row in rows], kind)
 
 
+RANKS = pa.list_(pa.map_(pa.int64(), pa.struct([("rank", pa.int64())])))
 MAP = pa.list_(pa.map_(pa.int64(), pa.struct([("logprob", pa.float64()), ("rank", pa.int64())])))
 
 
@@ -335,6 +336,57 @@ WRONG: dict[str, tuple[str, str, Callable[[Text], dict[str, Any]], dict[str, Any
     "a column that is not there": ("no-such-column", "expected one of", lambda t: {}, {"mask_column": "mine"}),
     "two columns": ("ambiguous-column", "--logprobs-column", lambda t: {"top_logprobs": t.logprobs}, {}),
     "no lists of lists": ("bad-column", "lists", lambda t: {"target_logprobs": t.tokens}, {}),
+    "tokens in no lists": (
+        "bad-column",
+        "input_ids, expected a list of whole numbers",
+        lambda t: {"input_ids": [1] * len(t.tokens)},
+        {},
+    ),
+    "tokens that are real numbers": (
+        "bad-column",
+        "expected a list of whole numbers",
+        lambda t: {"input_ids": [[float(token) for token in row] for row in t.tokens]},
+        {},
+    ),
+    "structs without logprob": (
+        "bad-column",
+        "expected structs of logprob, found rank",
+        lambda t: {"target_token_ids": None, "target_logprobs": pairs(t, lambda i, x: (i, {"rank": 1}), kind=RANKS)},
+        {"shift": 1},
+    ),
+    "an id of 64 bits": (
+        "id-out-of-range",
+        "target_token_ids, expected ids below 2^63",
+        lambda t: {"target_token_ids": pa.array(changed(t.ids, 1, 0, 2, 1 << 63), pa.list_(pa.list_(pa.uint64())))},
+        {},
+    ),
+    "a token of 64 bits": (
+        "id-out-of-range",
+        "input_ids, expected ids below 2^63",
+        lambda t: {"input_ids": pa.array([[1 << 63, *row[1:]] for row in t.tokens], pa.list_(pa.uint64()))},
+        {},
+    ),
+    "padding inside of a row": (
+        "attention-hole",
+        "row 2, position 5",
+        lambda t: {
+            "attention_mask": [[int((n, i) != (2, 5)) for i, _ in enumerate(r)] for n, r in enumerate(t.tokens)]
+        },
+        {},
+    ),
+    "padding on the left": (
+        "attention-hole",
+        "row 0, position 0",
+        lambda t: {"attention_mask": [[int(i > 0) for i, _ in enumerate(r)] for r in t.tokens]},
+        {},
+    ),
+    "a flag too few": (
+        "uneven-row",
+        "attention_mask",
+        lambda t: {"attention_mask": [[1] * (len(r) - 1) for r in t.tokens]},
+        {},
+    ),
+    "attention that is no list": ("bad-column", "0 and 1", lambda t: {"attention_mask": [1] * len(t.tokens)}, {}),
     "no whole numbers": ("bad-column", "whole numbers", lambda t: {"target_token_ids": t.logprobs}, {}),
     "a vocabulary too small": ("vocabulary-mismatch", "tokenizer", lambda t: {}, {"vocab_size": 10}),
     "no row with a target": (
@@ -372,3 +424,110 @@ def test_masked_positions_are_taken_where_that_is_asked_for(tmp_path: Path, toke
     masks = [[[int(i > 1)] * K for i, _ in enumerate(rows)] for rows in text.ids]
     path = text.write(tmp_path / "a.parquet", target_mask=masks)
     assert_holds(made(path, tokenizer, tmp_path / "cache", ignore_mask=True), text)
+
+
+def test_a_row_ends_where_its_attention_mask_does(tmp_path: Path, tokenizer: str) -> None:
+    """Padding is no text, whatever its ids and lists hold; what follows a row's last token is a target still."""
+    text = Text()
+    longest = max(LENGTHS) + 3
+    padding = [longest - length for length in LENGTHS]
+    path = text.write(
+        tmp_path / "a.parquet",
+        input_ids=[[*row, *[-100] * more] for row, more in zip(text.tokens, padding, strict=True)],
+        attention_mask=[[1] * length + [0] * more for length, more in zip(LENGTHS, padding, strict=True)],
+        target_token_ids=[[*row, *[row[0]] * more] for row, more in zip(text.ids, padding, strict=True)],
+        target_logprobs=[[*row, *[row[0]] * more] for row, more in zip(text.logprobs, padding, strict=True)],
+    )
+    whole = made(text.write(tmp_path / "b.parquet"), tokenizer, tmp_path / "whole")
+    reader = made(path, tokenizer, tmp_path / "cache")
+    assert_holds(reader, text)
+    assert reader.manifest.corpus.tokens_sha256 == whole.manifest.corpus.tokens_sha256
+
+
+def test_what_does_not_fit_below_the_last_kept_token_is_counted(
+    tmp_path: Path, tokenizer: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One list of 240, by less than what is refused: a last token so improbable that all others are next to none."""
+    text = Text()
+    text.tokens, text.ids, text.logprobs = text.tokens * 6, text.ids * 6, [list(rows) for rows in text.logprobs * 6]
+    other = np.log([*np.full(K - 1, (1 - 0.004) / (K - 1)), 1e-12])
+    text.logprobs[1][2] = other.tolist()
+    with caplog.at_level("WARNING", logger="kdpipe"):
+        config = ImportConfig(from_=(text.write(tmp_path / "a.parquet"),), out=tmp_path / "cache", tokenizer=tokenizer)
+        facts = import_logprobs(config, quiet=True)
+    assert facts["positions_beyond"] == 1
+    assert f"1 of {6 * sum(LENGTHS)} positions" in caplog.text
+    assert verify_cache(tmp_path / "cache") == []
+    # A single one that leaves much more is refused: these are no top k.
+    text.logprobs[1][2] = (other - 0.05).tolist()
+    far = ImportConfig(from_=(text.write(tmp_path / "b.parquet"),), out=tmp_path / "far", tokenizer=tokenizer)
+    assert "row 1, position 2" in refused("not-top-k", import_logprobs, far, quiet=True)
+
+
+def test_only_tokens_that_are_kept_decide_what_fits(tmp_path: Path, tokenizer: str) -> None:
+    """vLLM adds the text's own token, however improbable: below it nothing fits, and it is cut off."""
+    text = Text()
+    ids, values = ([[[*row] for row in rows] for rows in lists] for lists in (text.ids, text.logprobs))
+    for number in range(len(ids) - 1):
+        for entries, logprobs in zip(ids[number], values[number], strict=True):
+            entries.append(next(token for token in range(V) if token not in entries))
+            logprobs.append(-30.0)
+    path = text.write(tmp_path / "a.parquet", target_token_ids=ids, target_logprobs=values)
+    assert_holds(made(path, tokenizer, tmp_path / "cache"), text)
+
+
+def test_each_file_is_read_once_and_has_a_name_of_its_own(tmp_path: Path, tokenizer: str) -> None:
+    for name in ("x/a.parquet", "x/deep/a.parquet", "y/a.parquet"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Text().write(tmp_path / name)
+
+    def config(*sources: str) -> ImportConfig:
+        return ImportConfig(
+            from_=tuple(tmp_path / source for source in sources),
+            out=tmp_path / "-".join(("to", *sources)).replace("/", "-"),
+            tokenizer=tokenizer,
+        )
+
+    for sources, names in {
+        ("x",): ["a.parquet", "deep/a.parquet"],
+        ("x", "y"): ["x/a.parquet", "x/deep/a.parquet", "y/a.parquet"],
+    }.items():
+        import_logprobs(config(*sources), quiet=True)
+        manifest = CacheReader.open(config(*sources).out).manifest
+        assert [source.name for source in manifest.corpus.sources] == names
+    (tmp_path / "link.parquet").symlink_to(tmp_path / "y" / "a.parquet")
+    for twice in (("x", "x/deep"), ("y", "link.parquet")):
+        assert "a.parquet" in refused("repeated-file", import_logprobs, config(*twice), quiet=True)
+
+
+def test_an_export_is_taken_as_what_its_index_says(tmp_path: Path, tokenizer: str) -> None:
+    def line(kind: str, out: Path, **settings: Any) -> str:
+        config = ImportConfig(from_=(out,), out=tmp_path / "no", tokenizer=tokenizer, **settings)
+        return refused(kind, import_logprobs, config, quiet=True)
+
+    for name, settings in {"hot": {"temperature": 2.0, "logprobs": "full"}, "plain": {}}.items():
+        export(ExportConfig(cache=VALID / "plain", to="parquet", out=tmp_path / name, **settings), quiet=True)
+    assert "temperature 2.0" in line("undeclared-temperature", tmp_path / "hot" / "data")
+    assert "--logprobs renormalised" in line("other-logprobs", tmp_path / "plain")
+    made(tmp_path / "plain", tokenizer, tmp_path / "cache", logprobs="renormalised")
+    index = tmp_path / "plain" / "export.json"
+    index.write_text(index.read_text().replace('"finished": true', '"finished": false'))
+    file = next((tmp_path / "plain" / "data").iterdir())
+    assert "export.json" in line("unfinished-export", file, logprobs="renormalised")
+    index.write_text("{}")
+    line("broken-export", file)
+
+
+def test_probabilities_are_off_by_what_the_page_says(tmp_path: Path, tokenizer: str) -> None:
+    """A reader's head is that of the tail's rounded odds: docs/interop.md has the bound."""
+    text = Text()
+    for step, levels in ((1 / 64, 4096), (1 / 4, 4096), (1 / 1024, 256)):
+        path = text.write(tmp_path / "a.parquet")
+        reader = made(path, tokenizer, tmp_path / f"{step}", odds_step_nats=step, levels=levels)
+        targets = reader.batch([2], 1.0).targets
+        assert isinstance(targets, HeadTargets)
+        dense_TV = dense(targets, temperature=1.0, vocab_size=V, tail="uniform")[0]
+        roots_TK = np.sqrt(np.take_along_axis(dense_TV, np.array(text.ids[2]), 1))
+        error = np.abs(roots_TK - np.exp(np.array(text.logprobs[2]) / 2)).max()
+        assert error < step / 10 + (1 + K**0.5) / (2 * levels)
+        assert error > 0.5 / levels or step < 1 / 64
