@@ -245,7 +245,6 @@ def test_nothing_to_report_on_is_a_mistake_of_usage(tmp_path: Path, capsys: pyte
 
 def test_the_command_prints_facts_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, out = save_evaluation(tmp_path / "evaluation.json"), tmp_path / "r.html"
-    out.write_text("an older page")
     assert cli.run(["report", "--evaluation", str(path), "--out", str(out), "--no-plots", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["bytes"] == out.stat().st_size
