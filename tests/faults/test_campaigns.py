@@ -18,6 +18,7 @@ from benchmarks.faults import flips, hostile, kills
 from benchmarks.faults.kills import Acknowledged, check_finished
 from benchmarks.faults.small import SmallCaptures, digests
 from benchmarks.faults.tally import Tally
+from tests.conformance import changes
 
 COUNTS = {
     "kills": 3, "steps": 4, "power": 10, "flips": 10, "damage": 10, "disk-full": 2, "disk-error": 3, "disk-short": 2,
@@ -98,15 +99,13 @@ def test_what_is_lost_torn_or_left_over_is_counted(small: SmallCaptures, tmp_pat
 
 def test_a_cache_that_is_accepted_though_hostile_is_counted(small: SmallCaptures) -> None:
     with (
-        mock.patch.object(hostile, "_cases", return_value={"a swap": ("plain", _swapped)}),
+        mock.patch.object(hostile, "_cases", return_value={"a forgery": ("plain", _forged)}),
         mock.patch.object(hostile, "verify_cache", return_value=[]),
     ):
         found = hostile.hostile_campaign(small, 1, random.Random(0))
     assert (found["accepted"], found["wrong"]) == (1, 1)
 
 
-def _swapped(cache: Path) -> None:
-    left, right = cache / "block_loss" / "c.0", cache / "block_loss" / "c.1"
-    first, second = left.read_bytes(), right.read_bytes()
-    left.write_bytes(second)
-    right.write_bytes(first)
+def _forged(cache: Path) -> None:
+    changes.values(cache, array="block_loss", at=[0], value=3.0)
+    changes.reissue(cache)

@@ -93,12 +93,13 @@ def test_flags_go_on_top_of_a_recipe(tmp_path: Path, teacher: Path, text: Path) 
 
 
 def test_every_shipped_recipe_is_valid() -> None:
+    from pipeline.plan.config import PlanConfig
     from train.config import TrainConfig
     from train.evaluation.config import EvaluateConfig
     from train.family_config import read_family
 
     models: dict[str, Any] = {"cache-teacher": CaptureConfig, "transcode": TranscodeConfig}
-    models |= {"train-student": TrainConfig, "evaluate": EvaluateConfig}
+    models |= {"train-student": TrainConfig, "evaluate": EvaluateConfig, "plan": PlanConfig}
     needed = {"teacher": "t", "text": ("x",), "out": "o", "cache": "c", "models": ("m",)}
     recipes = sorted(completion.RECIPE_FOLDERS[1].glob("*.yaml"))
     assert {p.stem for p in recipes} >= {"demo", "distilgpt2", "smollm2"}

@@ -202,7 +202,7 @@ def test_a_request_too_many_is_asked_again_when_the_hub_says(
 @pytest.mark.parametrize("is_gone", [False, True])
 def test_a_damaged_pack_is_found(cache: Path, hub: RunningHub, repo: str, tmp_path: Path, is_gone: bool) -> None:
     url = f"hf://datasets/{repo}"
-    sent(cache, url)
+    sent(cache, url, pack_bytes=1_000)
     index = HubStore(url).index
     assert index is not None
     place = index.places["head_gaps/c.1.0.0"]
