@@ -16,11 +16,12 @@ _CORPUS_FIGURES = {
     "perplexity": ("perplexity", 2),
     "bits_per_byte": ("bits/byte", 4),
 }
-_KL_WORDS = {
-    "exact": "exact KL and overlap",
-    "lower-bound": "KL from below and overlap from above",
-    None: "of drawn or imported targets, which tell neither KL nor overlap,",
+KL_WORDS = {
+    "exact": "exact KL and {overlap}",
+    "lower-bound": "KL from below and {overlap} from above",
+    None: "of drawn or imported targets, which tell neither KL nor {overlap},",
 }
+"""What a cache tells of the teacher, by ``kl_is``."""
 
 
 def table(report: Mapping[str, Any]) -> list[str]:
@@ -91,7 +92,8 @@ def _cache(rows: Sequence[Row]) -> list[list[str]]:
     header, *cells = _cells([(row, row["cache"]) for row in rows], names)
     teacher = ["(the teacher)", "", cells[0][2], _figure(cache["teacher_loss"])]
     teacher += [_figure(cache["teacher_perplexity"], 2), *[""] * (len(header) - 5)]
-    place = f"{cache['cache']}, {_KL_WORDS[cache['kl_is']]} at temperature {cache['temperature']:g}"
+    told = KL_WORDS[cache["kl_is"]].format(overlap="overlap")
+    place = f"{cache['cache']}, {told} at temperature {cache['temperature']:g}"
     return [[place, *_aligned([header, teacher, *cells]), *_cache_intervals(rows)]]
 
 
