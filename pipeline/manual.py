@@ -293,7 +293,7 @@ MANUALS: dict[str, Manual] = {
     ),
     "report": Manual(
         reads="A cache, run folders, a family's folder, and JSON files of evaluate and plan: any of them.",
-        writes="One HTML file, --out, which holds all that it shows; one that is there is replaced.",
+        writes="One HTML file, --out, which holds all that it shows; it replaces an older report and nothing else.",
         examples=(
             Example(says="A cache", command="kdpipe report --cache caches/mine --out report.html"),
             Example(

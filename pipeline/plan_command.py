@@ -32,7 +32,7 @@ def plan(config: PlanConfig) -> dict[str, Any]:
     from pipeline.plan.curve import laws
     from pipeline.plan.devices import devices_of
     from pipeline.plan.measured import measured_assumptions, measured_rates
-    from pipeline.plan.rates import assumptions, formula_rates
+    from pipeline.plan.rates import assumptions, counted_by, formula_rates
     from pipeline.plan.report import facts_of
     from pipeline.settings import recipe_path
     from train.model_cost import model_cost
@@ -81,11 +81,13 @@ def plan(config: PlanConfig) -> dict[str, Any]:
             probed.capture["table_bytes"],
         )
         rates = measured_rates(config, probed, teacher, named, learnt_tokens=learnt, size=size)
-        told = measured_assumptions(config, probed)
+        told = measured_assumptions(config, probed, teacher)
         return facts_of(config, rates, size, told, device=None, num_devices=1, **common) | {"probe": probed.facts()}
-    here, share = _here(config)
+    costs_source = counted_by([("teacher", teacher), *((one, cost) for one, cost, _ in named)])
+    checkpointing = [name for name, _, train in named if train.activation_checkpointing]
+    here, share, memory_gb = _here(config)
     reports = []
-    for device in devices_of(config, here):
+    for device in devices_of(config, here, memory_gb):
         rates = formula_rates(
             config,
             device,
@@ -96,7 +98,7 @@ def plan(config: PlanConfig) -> dict[str, Any]:
             table_bytes=sum(size.table_bytes.values()),
             share=share,
         )
-        told = assumptions(config, device, share)
+        told = assumptions(config, device, share, costs_source, checkpointing)
         reports.append(facts_of(config, rates, size, told, device=device, num_devices=share, **common))
     first = reports[0]
     return first | {"by_device": [_short(report) for report in reports]}
@@ -120,7 +122,7 @@ def load_model_config(name: str, place: str) -> PreTrainedConfig:
     Raises BadInputError ``unknown-model``, ``unreadable-config``, ``not-a-language-model``.
     """
     from pipeline.plan.presets import PRESETS, preset
-    from train.student_config import load_config, refuse_no_lm
+    from train.student_config import load_config
 
     path = Path(name).expanduser()
     if path.is_dir():
@@ -139,9 +141,7 @@ def load_model_config(name: str, place: str) -> PreTrainedConfig:
     except Exception as error:
         expected = "a folder, one of " + ", ".join(PRESETS) + ", or a hub name that is cached or can be fetched"
         raise BadInputError("unknown-model", place, expected=expected, found=first_line(error)) from None
-    config = load_config(folder, "unreadable-config")
-    refuse_no_lm(config)
-    return config
+    return load_config(folder, "unreadable-config")
 
 
 def _tokens(config: PlanConfig) -> tuple[int, str]:
@@ -171,23 +171,25 @@ def _tokens(config: PlanConfig) -> tuple[int, str]:
     return counted.num_tokens // config.block_tokens * config.block_tokens, counted.certainty
 
 
-def _here(config: PlanConfig) -> tuple[str, int]:
-    """The name of this machine's device, and how many share the work."""
+def _here(config: PlanConfig) -> tuple[str, int, float | None]:
+    """The name of this machine's device, how many share the work, and the GB of memory of a GPU."""
     import torch
 
     from pipeline.plan.devices import CPU, device_named
 
     if config.device:
-        return config.device[0], config.num_devices or 1
+        return config.device[0], config.num_devices or 1, None
     if torch.cuda.is_available():
-        return device_named(torch.cuda.get_device_name(0)), config.num_devices or 1
-    return CPU, config.num_devices or torch.get_num_threads()
+        memory_gb = torch.cuda.get_device_properties(0).total_memory / 1e9
+        return device_named(torch.cuda.get_device_name(0), memory_gb), config.num_devices or 1, memory_gb
+    return CPU, config.num_devices or torch.get_num_threads(), None
 
 
 def _probe(config: PlanConfig, teacher: Any, students: list[Any], costs: list[Any]) -> Probed:
     """Capture and train a little, in a folder of its own on the cache's disk."""
     from pipeline.plan.children import ask
     from pipeline.plan.measured import Probed, capture_settings
+    from pipeline.plan.rates import forward_passes
 
     if not config.probe_folder.is_dir():
         raise BadInputError("no-such-folder", config.probe_folder, expected="a folder on the cache's disk")
@@ -214,7 +216,9 @@ def _probe(config: PlanConfig, teacher: Any, students: list[Any], costs: list[An
                 settings["teacher"] = one.settings.get("teacher", config.teacher)
             if 1.0 not in config.temperatures:
                 settings.setdefault("temperature", config.temperatures[0])
-            expected_s = 3 * cost.forward_flops * flop_s * one.train.batch_blocks * config.block_tokens
+            expected_s = (
+                forward_passes(one.train) * cost.forward_flops * flop_s * one.train.batch_blocks * config.block_tokens
+            )
             fit = int(_CACHED_SHARE * share_s / len(students) / expected_s)
             steps = min(max(_LEAST_STEPS, fit), _MOST_STEPS)
             trained.append(ask("train.probe", {"settings": settings, "steps": steps}))

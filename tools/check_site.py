@@ -7,6 +7,7 @@ which are not fetched.
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -14,8 +15,38 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-_LOADED = {"script": "src", "img": "src", "source": "src", "iframe": "src", "object": "data", "embed": "src"}
-_LOADING_RELATIONS = {"stylesheet", "icon", "preload", "preconnect", "prefetch", "dns-prefetch", "manifest"}
+_LOADED = {
+    "audio": ("src",),
+    "embed": ("src",),
+    "feimage": ("href", "xlink:href"),
+    "frame": ("src",),
+    "iframe": ("src",),
+    "image": ("href", "xlink:href"),
+    "img": ("src",),
+    "input": ("src",),
+    "object": ("data",),
+    "script": ("src", "href", "xlink:href"),
+    "source": ("src",),
+    "track": ("src",),
+    "use": ("href", "xlink:href"),
+    "video": ("src", "poster"),
+}
+_LOADED_SETS = {"img": "srcset", "source": "srcset", "link": "imagesrcset"}
+_LOADING_RELATIONS = {
+    "apple-touch-icon",
+    "dns-prefetch",
+    "icon",
+    "manifest",
+    "modulepreload",
+    "preconnect",
+    "prefetch",
+    "preload",
+    "stylesheet",
+}
+# Of a set, what stands before a width or a density; an address may have commas inside.
+_OF_SET = re.compile(r"([^\s,]\S*[^\s,]|[^\s,])[^,]*(?:,|$)")
+_COMMENT = re.compile(r"/\*.*?\*/", re.DOTALL)
+_OF_STYLE = re.compile(r"""url\(\s*(?:"([^"]*)"|'([^']*)'|([^"')\s]*))\s*\)|@import\s+["']([^"']*)""", re.IGNORECASE)
 
 
 @dataclass
@@ -26,6 +57,7 @@ class Page(HTMLParser):
     anchors: set[str] = field(default_factory=set)
     links: list[str] = field(default_factory=list)
     loads: list[str] = field(default_factory=list)
+    _is_style: bool = False
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -37,10 +69,30 @@ class Page(HTMLParser):
         if tag == "a" and "href" in values:
             self.links.append(values["href"])
         elif tag == "link" and "href" in values:
-            loading = _LOADING_RELATIONS & set(values.get("rel", "").split())
+            loading = _LOADING_RELATIONS & set(values.get("rel", "").lower().split())
             (self.loads if loading else self.links).append(values["href"])
-        elif tag in _LOADED and _LOADED[tag] in values:
-            self.loads.append(values[_LOADED[tag]])
+        self.loads += [values[name] for name in _LOADED.get(tag, ()) if name in values]
+        self.loads += _OF_SET.findall(values.get(_LOADED_SETS.get(tag, ""), ""))
+        self.loads += loaded_by_style(values.get("style", ""))
+        self._is_style = tag == "style"
+
+    def handle_endtag(self, tag: str) -> None:
+        self._is_style = False
+
+    def handle_data(self, data: str) -> None:
+        if self._is_style:
+            self.loads += loaded_by_style(data)
+
+
+def loaded_by_style(text: str) -> list[str]:
+    """Every address that a style sheet loads."""
+    return ["".join(found) for found in _OF_STYLE.findall(_COMMENT.sub("", text))]
+
+
+def is_outside(address: str) -> bool:
+    """Whether an address is neither of the site nor data."""
+    parts = urlsplit(address.strip())
+    return parts.scheme not in ("", "data") or bool(parts.netloc)
 
 
 def problems(root: Path) -> Iterator[str]:
@@ -51,7 +103,7 @@ def problems(root: Path) -> Iterator[str]:
     for path, page in pages.items():
         name = path.relative_to(root.resolve())
         for address in page.loads:
-            if urlsplit(address).scheme not in ("", "data") or urlsplit(address).netloc:
+            if is_outside(address):
                 yield f"{name}: loads {address}"
         for address in [*page.links, *page.loads]:
             parts = urlsplit(address)
@@ -65,9 +117,9 @@ def problems(root: Path) -> Iterator[str]:
             elif parts.fragment and target in pages and unquote(parts.fragment) not in pages[target].anchors:
                 yield f"{name}: no anchor for {address}"
     for style in root.rglob("*.css"):
-        text = style.read_text(encoding="utf-8")
-        if "url(http" in text or "url(//" in text or "@import" in text:
-            yield f"{style.relative_to(root)}: loads from elsewhere"
+        for address in loaded_by_style(style.read_text(encoding="utf-8")):
+            if is_outside(address):
+                yield f"{style.relative_to(root)}: loads {address}"
 
 
 def external(root: Path) -> list[str]:

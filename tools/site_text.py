@@ -8,6 +8,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from pipeline.settings import COMMANDS
+
 # Files beside docs/ that have a page: a link to the file is right on a code host, one to the page here.
 PAGES = {
     "cache_spec/SPEC.md": "/format.md",
@@ -15,12 +17,15 @@ PAGES = {
     "CONTRIBUTING.md": "/contributing.md",
     "docs/RESULTS.md": "/RESULTS.md",
 }
+# Pages of commands are made with the site; elsewhere the help is what there is.
+_HELP = re.compile(r"(?<!\[)`kdpipe (?:(" + "|".join(COMMANDS) + r") )?--help`")
 _OUTSIDE = re.compile(r"\]\((?:\.\./)*(" + "|".join(map(re.escape, PAGES)) + r")(?=[)#])")
 
 
 def with_links_to_pages(text: str) -> str:
-    """Markdown whose links to files outside docs/ lead to their pages."""
-    return _OUTSIDE.sub(lambda match: f"]({PAGES[match[1]]}", text)
+    """Markdown whose links to files outside docs/ lead to their pages, and calls for help to those of commands."""
+    text = _OUTSIDE.sub(lambda match: f"]({PAGES[match[1]]}", text)
+    return _HELP.sub(lambda match: f"[{match[0]}](/reference/commands/{match[1] or 'index'}.md)", text)
 
 
 def as_restructured_text(lines: list[str]) -> list[str]:

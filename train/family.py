@@ -49,8 +49,9 @@ def train_family(family: Family, *, plots: bool | None = None, quiet: bool = Fal
     """Train, measure and report every student; returns what ``family.json`` says.
 
     ``students``: for each ``name``, ``control_of``, ``status`` (``done``, ``failed`` or ``waiting``), ``error``,
-    ``parameters``, ``training_tokens``, ``training_hours``, ``evaluation`` (a row of ``evaluate_models``) and ``speed``
-    (the fields of ``Speed``); what is not known is None. ``plots``: draw them; None: if matplotlib is there.
+    ``parameters``, ``training_tokens``, ``training_epochs`` (passes over the cache that these were),
+    ``training_hours``, ``evaluation`` (a row of ``evaluate_models``) and ``speed`` (the fields of ``Speed``); what is
+    not known is None. ``plots``: draw them; None: if matplotlib is there.
 
     Everything is checked, and every new student built once, before the first is trained: KdpipeError, naming the
     student, for one that could not be. SIGINT and SIGTERM leave a checkpoint and raise KeyboardInterrupt.
@@ -61,10 +62,11 @@ def train_family(family: Family, *, plots: bool | None = None, quiet: bool = Fal
     with _claimed(family.out):
         check_family(family)
         before = _report_before(family.out)
+        cache_tokens = CacheReader.open(family.cache, family.students[0].config).manifest.corpus.num_tokens
         rows = [_row(student) for student in family.students]
         for number, (student, row) in enumerate(zip(family.students, rows, strict=True), 1):
             logger.info("student %s, %d of %d", student.name, number, len(rows))
-            _train(student, row, quiet=quiet)
+            _train(student, row, cache_tokens, quiet=quiet)
             _write(family, rows)
         done = [(student, row) for student, row in zip(family.students, rows, strict=True) if row["status"] == "done"]
         if family.evaluate is not None:
@@ -129,13 +131,14 @@ def _check_run(student: FamilyStudent, reader: CacheReader) -> bool:
     return goes_on(config.out, run_identity(config, reader, precision))
 
 
-def _train(student: FamilyStudent, row: dict[str, Any], *, quiet: bool) -> None:
+def _train(student: FamilyStudent, row: dict[str, Any], cache_tokens: int, *, quiet: bool) -> None:
     with _failing(row):
         result = train(student.config, quiet=quiet)
         row |= {
             "status": "done",
             "parameters": result["parameters"],
             "training_tokens": result["tokens"],
+            "training_epochs": result["tokens"] / cache_tokens,
             "training_hours": result["seconds"] / 3600,
             "run": {name: result[name] for name in ("steps", "tokens", "seconds", "fingerprint")},
         }
@@ -206,7 +209,7 @@ def _what_is_measured_on(settings: EvaluateConfig) -> dict[str, Any]:
 
 
 def _row(student: FamilyStudent) -> dict[str, Any]:
-    unknown = ("error", "parameters", "training_tokens", "training_hours", "evaluation", "speed")
+    unknown = ("error", "parameters", "training_tokens", "training_epochs", "training_hours", "evaluation", "speed")
     row = {"name": student.name, "control_of": student.control_of, "status": "waiting"}
     return row | dict.fromkeys(unknown)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -150,9 +150,17 @@ def _cells(report: Mapping[str, Any]) -> list[list[str]]:
 
 def _notes(report: Mapping[str, Any]) -> list[str]:
     notes = [f"{row['name']} failed: {row['error']}" for row in report["students"] if row["status"] == "failed"]
-    kinds = {cache["kl_is"] for row in report["students"] if (cache := (row["evaluation"] or {}).get("cache"))}
+    return notes + kl_notes(report["students"])
+
+
+def kl_notes(students: Sequence[Row]) -> list[str]:
+    """What the figures on the held-out cache cannot tell, in words."""
+    notes = []
+    kinds = {cache["kl_is"] for row in students if (cache := (row["evaluation"] or {}).get("cache"))}
     if "lower-bound" in kinds:
         notes.append("KL is a lower bound and acceptance an upper one: the cache holds heads of the distributions.")
     if None in kinds:
-        notes.append("The held-out cache holds draws, which tell neither KL nor agreement nor acceptance.")
+        notes.append(
+            "The held-out cache holds drawn or imported targets, which tell neither KL nor agreement nor acceptance."
+        )
     return notes

@@ -37,7 +37,6 @@ class ModelCost:
     """Rows of the output head."""
     width: int
     layers: int
-    max_positions: int | None
     is_causal: bool
     linear_flops: float
     """Of all matrix products with weights, but for the output head's."""
@@ -91,7 +90,6 @@ def model_cost(config: PreTrainedConfig, block_tokens: int, place: str) -> Model
         vocab_size=rows,
         width=width,
         layers=config.num_hidden_layers,
-        max_positions=positions if isinstance(positions, int) else None,
         is_causal=causal,
         linear_flops=products / block_tokens - 2 * rows * width,
         head_flops=2.0 * rows * width,

@@ -17,10 +17,11 @@ from pydantic import ValidationError
 from transformers import PreTrainedConfig
 
 from cache_spec.errors import BadInputError, KdpipeError
+from cache_spec.failures import first_line
 from train.config import TrainConfig
 from train.family_config import read_family
 from train.sliced import refuse_unsliceable
-from train.student_config import config_key, layers_config, sliced_config, student_config
+from train.student_config import layers_config, sliced_config, student_config
 from train.teacher_layers import chosen_layers
 
 _NOWHERE = Path("-")
@@ -64,6 +65,8 @@ def planned_students(
 
 
 def _is_students_file(text: str) -> bool:
+    if text.lstrip().startswith("{"):
+        return False
     return text.endswith((".yaml", ".yml")) or (Path(text).expanduser().is_file() and not text.endswith(".json"))
 
 
@@ -73,18 +76,27 @@ def _own(config: TrainConfig) -> dict[str, Any]:
 
 def _described(text: str, settings: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """A student's name and settings, of what is no file of students."""
+    place = f"student {text[:80]}"
     if text.isdecimal():
+        if not int(text):
+            raise BadInputError("bad-student", place, expected="a number of layers above 0", found=0)
         return f"layers-{int(text)}", settings | {"num_layers": int(text)}
+    if text.lstrip().startswith("{"):
+        return "config", settings | {"student": "config", "student_config": _object(text.encode(), place)}
     path = Path(text).expanduser()
-    content = path.read_text(encoding="utf-8") if text.endswith(".json") and path.is_file() else text
-    if content.lstrip().startswith("{"):
-        try:
-            body = json.loads(content)
-        except ValueError as error:
-            raise BadInputError("bad-student", f"student {text[:80]}", expected="a JSON object", found=error) from None
-        name = path.stem if content is not text else "config"
-        return name, settings | {"student": "config", "student_config": body}
+    if text.endswith(".json") and path.is_file():
+        return path.stem, settings | {"student": "config", "student_config": _object(path, place)}
     return path.name or text, settings | {"student": "checkpoint", "checkpoint": text}
+
+
+def _object(content: bytes | Path, place: str) -> Any:
+    try:
+        body = json.loads(content if isinstance(content, bytes) else content.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise BadInputError("bad-student", place, expected="a JSON object", found=first_line(error)) from None
+    if not isinstance(body, dict):
+        raise BadInputError("bad-student", place, expected="a JSON object", found=type(body).__name__)
+    return body
 
 
 def _planned(
@@ -137,8 +149,3 @@ def _named_apart(students: list[PlannedStudent]) -> list[PlannedStudent]:
         seen[student.name] = number = seen.get(student.name, 0) + 1
         named.append(replace(student, name=f"{student.name}-{number}") if names.count(student.name) > 1 else student)
     return named
-
-
-def student_shape(model: PreTrainedConfig) -> dict[str, int]:
-    """Layers and width, for people."""
-    return {"layers": model.num_hidden_layers, "width": getattr(model, config_key(model, "hidden_size"))}

@@ -74,6 +74,12 @@ def _steps(out: Path) -> list[tuple[float, int]]:
     return [(count / line["tokens_per_s"], count) for count, line in zip(counts, lines, strict=True)]
 
 
+def _wait_for_device() -> None:
+    """Kernels on CUDA run after the call that asks for them."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
 @contextmanager
 def _optimizer_timed() -> Iterator[list[float]]:
     """Seconds of each step of any optimizer."""
@@ -81,9 +87,11 @@ def _optimizer_timed() -> Iterator[list[float]]:
     began = [0.0]
 
     def start(*_: Any) -> None:
+        _wait_for_device()
         began[0] = time.perf_counter()
 
     def end(*_: Any) -> None:
+        _wait_for_device()
         seconds.append(time.perf_counter() - began[0])
 
     hooks = [register_optimizer_step_pre_hook(start), register_optimizer_step_post_hook(end)]

@@ -39,7 +39,7 @@ def read_metrics(out: Path) -> list[dict[str, Any]]:
     except ValueError as error:
         raise CheckpointError("damaged-run", path, found=error, hint=hint) from None
     for number, line in enumerate(lines, 1):
-        if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+        if not isinstance(line, dict) or type(step := line.get("step")) is not int or not 0 <= step < 2**63:
             place = f"{path}, line {number}"
             raise CheckpointError("damaged-run", place, expected="an object with a step", hint=hint)
     return lines

@@ -103,9 +103,9 @@ class PlanConfig(EncodingConfig):
     budget_hours: float | None = Field(default=None, gt=0)
     """Hours that capture and all students may take together."""
     price_per_hour: float | None = Field(default=None, ge=0)
-    """Price of an hour of one device."""
+    """Price of an hour of one device; of a CPU, of the whole machine, however many threads share the work."""
     watts: float | None = Field(default=None, ge=0)
-    """Power that one device and its share of the machine draw."""
+    """Power that one device and its share of the machine draw; of a CPU, the whole machine."""
     price_per_kwh: float | None = Field(default=None, ge=0)
     """Price of a kWh, needs watts."""
     co2_per_kwh: float | None = Field(default=None, ge=0)
@@ -131,6 +131,11 @@ class PlanConfig(EncodingConfig):
     @classmethod
     def _texts_at_home(cls, texts: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(map(os.path.expanduser, texts))
+
+    @field_validator("probe_folder")
+    @classmethod
+    def _folder_at_home(cls, folder: Path) -> Path:
+        return folder.expanduser()
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,16 @@ from typing import Any
 import numpy as np
 
 from cache_spec.errors import BadInputError
-from pipeline.plan.rates import Rates
+from pipeline.plan.rates import Rates, StudentRates
 from pipeline.plan.totals import WAYS, most_tokens, once_hours, student_hours
 
 _SOURCE = "Besiroglu et al. 2024 (arXiv 2404.10102), fitted again to the runs of Hoffmann et al. 2022"
-_REPEATS = 15.39
+REPEATS = 15.39
 """Epochs after which repeated text has lost most of its worth: R*_D of Muennighoff et al. 2023 (arXiv 2305.16264)."""
 _LEAST_TOKENS = 1e8
 """Runs that the law was fitted to saw more; below, it gives losses above those of guessing."""
+_FITTED = 2
+"""Figures of the law that runs give: level and scale."""
 _GRID = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)
 """Hours of the curves, as shares of the plan's own."""
 
@@ -45,7 +47,7 @@ class Law:
     source: str = _SOURCE
     runs: int = 0
     rms_nats: float | None = None
-    """How far the runs are from their fit."""
+    """How far the runs are from their fit; None of the published law, and of runs that any line would meet."""
 
     def term(self, parameters: int, tokens: float) -> float:
         """What is scaled."""
@@ -67,15 +69,16 @@ class Law:
 PUBLISHED = Law()
 
 
-def effective_tokens(tokens: int, epochs: int) -> float:
+def effective_tokens(tokens: float, epochs: float) -> float:
     """Fresh tokens that so many epochs of ``tokens`` are worth."""
-    return tokens * (1 + _REPEATS * -math.expm1(-(epochs - 1) / _REPEATS))
+    return tokens * (1 + REPEATS * -math.expm1(-(epochs - 1) / REPEATS))
 
 
-def laws(runs: Sequence[Path]) -> dict[str, Law]:
-    """The law of each way, fitted to ``runs`` where there are some.
+def laws(runs: Sequence[Path]) -> dict[str, Law | None]:
+    """The law of each way, fitted to ``runs`` where there are some; None of a way that no run went.
 
-    Raises BadInputError ``not-a-family``, or ``too-few-runs`` where they measured nothing.
+    Raises BadInputError ``not-a-family``, ``too-few-runs`` where they measured nothing, or ``other-held-out`` where
+    they were measured on unlike text.
     """
     if not runs:
         return dict.fromkeys(WAYS, PUBLISHED)
@@ -83,12 +86,12 @@ def laws(runs: Sequence[Path]) -> dict[str, Law]:
     if not points:
         expected = "at least one finished student with a held-out loss"
         raise BadInputError("too-few-runs", ", ".join(map(str, runs)), expected=expected)
+    _refuse_other_text(points)
     taught = [point for point in points if not point.is_control]
     alone = [point for point in points if point.is_control]
     source = "fitted to " + ", ".join(run.name for run in runs)
-    from_cache = fitted(taught or alone, source if taught else f"{source}, which has students of the text alone only")
-    of_text = fitted(alone or taught, source if alone else f"{source}, which has no student of the text alone")
-    return {"cached": from_cache, "online": from_cache, "cross_entropy": of_text}
+    from_teacher, from_text = (fitted(of, source) if of else None for of in (taught, alone))
+    return {"cached": from_teacher, "online": from_teacher, "cross_entropy": from_text}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,9 +99,24 @@ class Point:
     """One student's loss."""
 
     parameters: int
-    tokens: int
+    tokens: float
+    """Effective ones: those of repeated epochs count for what they are worth."""
     loss: float
     is_control: bool
+    run: str = ""
+    held_out: str = ""
+    """What it was measured on; losses on unlike text are no points of one law."""
+
+
+def _refuse_other_text(points: Sequence[Point]) -> None:
+    first = points[0]
+    for point in points:
+        if point.held_out != first.held_out:
+            expected, hint = (
+                f"that of {first.run}: {first.held_out}",
+                "give runs that were measured on one held-out text",
+            )
+            raise BadInputError("other-held-out", point.run, expected=expected, found=point.held_out, hint=hint)
 
 
 def fitted(points: Sequence[Point], source: str) -> Law:
@@ -120,26 +138,29 @@ def fitted(points: Sequence[Point], source: str) -> Law:
         most_tokens=4.0 * max(tokens),
         source=source,
         runs=len(points),
-        rms_nats=float(np.sqrt(np.mean((shift + scale * terms - losses) ** 2))),
+        rms_nats=float(np.sqrt(np.mean((shift + scale * terms - losses) ** 2))) if len(points) > _FITTED else None,
     )
 
 
 def _points(run: Path) -> list[Point]:
     """The students of a family that are done and were measured."""
     path = run.expanduser() / "family.json"
+    found = []
     try:
         rows = json.loads(path.read_bytes())["students"]
-        found = []
         for row in rows:
             evaluation = row["evaluation"] or {}
-            measured = [*([evaluation["cache"]] if evaluation.get("cache") else []), *(evaluation.get("texts") or [])]
+            measured = evaluation.get("cache") or next(iter(evaluation.get("texts") or ()), None)
             if row["status"] == "done" and measured:
+                epochs = max(1.0, float(row["training_epochs"]))
                 found.append(
                     Point(
                         parameters=int(row["parameters"]),
-                        tokens=int(row["training_tokens"]),
-                        loss=float(measured[0]["loss_nats"]),
+                        tokens=effective_tokens(int(row["training_tokens"]) / epochs, epochs),
+                        loss=float(measured["loss_nats"]),
                         is_control=row["control_of"] is not None,
+                        run=str(run),
+                        held_out=_held_out(row["evaluation_of"], measured, of_cache=bool(evaluation.get("cache"))),
                     )
                 )
     except OSError:
@@ -147,11 +168,22 @@ def _points(run: Path) -> list[Point]:
             "not-a-family", run, expected="family.json, as train-student --students leaves it"
         ) from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise BadInputError("not-a-family", path, expected="what train-student --students wrote") from None
+        hint = "the same train-student command writes a report anew, without training again what is done"
+        raise BadInputError("not-a-family", path, expected="what train-student --students writes", hint=hint) from None
     return found
 
 
-def curve(rates: Rates, tokens: int, by_way: dict[str, Law]) -> list[dict[str, Any]]:
+def _held_out(evaluation_of: Mapping[str, Any], measured: Mapping[str, Any], *, of_cache: bool) -> str:
+    """The cache by its fingerprint, a text by its file's size and time and how it was cut."""
+    if of_cache:
+        return f"cache {str(evaluation_of['cache'])[:16]}"
+    settings = evaluation_of["settings"]
+    cut = [settings[name] for name in ("block_tokens", "limit_tokens", "limit_bytes")]
+    state = [*evaluation_of["texts"][0], *cut, measured["num_tokens"]]
+    return f"text {Path(measured['text']).name} {' '.join(map(str, state))}"
+
+
+def curve(rates: Rates, tokens: int, by_way: Mapping[str, Law | None]) -> list[dict[str, Any]]:
     """Hours and mean loss of each way for the first 1 to n students, with what is planned for."""
     rows = []
     once = once_hours(rates, tokens)
@@ -160,13 +192,15 @@ def curve(rates: Rates, tokens: int, by_way: dict[str, Law]) -> list[dict[str, A
         ways = {}
         for way in WAYS:
             hours = once.of(way) + sum(student_hours(student, tokens).of(way) for student in chosen)
-            losses = [by_way[way].loss(student.parameters, tokens, student.epochs) for student in chosen]
+            losses = [_loss(by_way[way], student, tokens) for student in chosen]
             ways[way] = {"hours": hours, "loss": _mean(losses)}
         rows.append({"students": count, "ways": ways})
     return rows
 
 
-def loss_by_hours(rates: Rates, hours: float, by_way: dict[str, Law], block_tokens: int) -> list[dict[str, Any]]:
+def loss_by_hours(
+    rates: Rates, hours: float, by_way: Mapping[str, Law | None], block_tokens: int
+) -> list[dict[str, Any]]:
     """For 1 to n students and a grid around ``hours``: tokens that fit in these hours, and the mean loss of them."""
     rows = []
     for count in range(1, len(rates.students) + 1):
@@ -175,10 +209,14 @@ def loss_by_hours(rates: Rates, hours: float, by_way: dict[str, Law], block_toke
             ways = {}
             for way in WAYS:
                 fit = most_tokens(part, way, share * hours, block_tokens)
-                losses = [by_way[way].loss(student.parameters, fit, student.epochs) for student in part.students if fit]
+                losses = [_loss(by_way[way], student, fit) for student in part.students if fit]
                 ways[way] = {"tokens": fit, "loss": _mean(losses)}
             rows.append({"students": count, "hours": share * hours, "ways": ways})
     return rows
+
+
+def _loss(law: Law | None, student: StudentRates, tokens: int) -> float | None:
+    return None if law is None else law.loss(student.parameters, tokens, student.epochs)
 
 
 def _mean(losses: Sequence[float | None]) -> float | None:

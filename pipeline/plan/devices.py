@@ -5,7 +5,9 @@ In: a name, and settings that replace figures of the table. Out: a ``Device``.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields, replace
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,11 @@ from cache_spec.errors import BadInputError
 from pipeline.plan.config import PlanConfig
 
 CPU = "cpu-core"
+_ASSUMED = {"capture_utilisation": "assumed", "training_utilisation": "assumed"}
+_NO_NAME = re.compile(r"nvidia|tesla|geforce|gpu|sxm\d*|hbm\d*e?|\d+gb")
+"""Words of a driver's name that tell no device of the table from another."""
+_SAME = {"a100pcie": "a100"}
+"""Cards within a few percent of one in the table."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +44,12 @@ class Device:
     training_utilisation: float = 0.4
     """Share that forward, backward and their small kernels reach together."""
     source: str = "maker's data sheet"
+    sources: Mapping[str, str] = field(default_factory=lambda: dict(_ASSUMED))
+    """Of the figures that have another one, by their names."""
+
+    def source_of(self, figure: str) -> str:
+        """Where a figure is from."""
+        return self.sources.get(figure, self.source)
 
     def peak_flops(self, dtype: str) -> float:
         """FLOPs a second in that type."""
@@ -62,7 +75,8 @@ DEVICES = {
         _gpu("a100", 19.5, 312.0, 2039.0, 80.0),
         _gpu("a100-40gb", 19.5, 312.0, 1555.0, 40.0),
         _gpu("l4", 30.3, 121.0, 300.0, 24.0),
-        _gpu("t4", 8.1, 65.0, 320.0, 16.0),
+        # No bfloat16: capture and training take float32 there.
+        _gpu("t4", 8.1, 65.0, 320.0, 16.0, half=False),
         _gpu("rtx4090", 82.6, 165.2, 1008.0, 24.0),
         _gpu("rtx3090", 35.6, 71.0, 936.0, 24.0),
         _gpu("m2-max", 13.6, 13.6, 400.0, 96.0, half=False),
@@ -73,17 +87,21 @@ DEVICES = {
             gb_per_s=10.0,
             memory_gb=None,
             half_by_default=False,
-            # SmolLM2-135M took 4,966 microseconds a token, 0.29 GFLOPs: docs/RESULTS.md, "Encoding beside the teacher".
+            # SmolLM2-135M took 4,966 microseconds a token, 0.29 GFLOPs.
             capture_utilisation=0.55,
             training_utilisation=0.5,
-            source="3.1 GHz, 32 FLOPs a cycle (AVX2); a share of the memory's bandwidth",
+            source="assumed: 3.1 GHz, 32 FLOPs a cycle (AVX2); a share of the memory's bandwidth",
+            sources=_ASSUMED | {"capture_utilisation": 'docs/RESULTS.md, "Encoding beside the teacher"'},
         ),
     )
 }
 
 
-def devices_of(config: PlanConfig, here: str) -> list[Device]:
-    """The devices to plan for, ``here`` being this machine's; BadInputError ``unknown-device``, ``bad-devices``."""
+def devices_of(config: PlanConfig, here: str, memory_gb: float | None = None) -> list[Device]:
+    """The devices to plan for, ``here`` being this machine's, with ``memory_gb`` where its driver says so.
+
+    Raises BadInputError ``unknown-device``, ``bad-devices``.
+    """
     known = DEVICES | (_read(config.devices) if config.devices is not None else {})
     changes: dict[str, Any] = {
         "tflops": config.device_tflops,
@@ -94,22 +112,30 @@ def devices_of(config: PlanConfig, here: str) -> list[Device]:
         "training_utilisation": config.training_utilisation,
     }
     given = {name: value for name, value in changes.items() if value is not None}
+    told = dict.fromkeys(given, "given")
+    if not config.device and memory_gb is not None and config.device_memory_gb is None:
+        given["memory_gb"], told["memory_gb"] = memory_gb, "this machine's driver"
     chosen = []
     for name in dict.fromkeys(config.device or (here,)):
         if name not in known:
             if "tflops" not in given or "gb_per_s" not in given:
                 hint = "describe it in a --devices file, or give --device-tflops and --device-gb-per-s"
                 raise BadInputError("unknown-device", name, expected="one of " + ", ".join(known), hint=hint)
-            known[name] = Device(name=name, tflops=1.0, half_tflops=1.0, gb_per_s=1.0, memory_gb=None)
-        source = "given: " + ", ".join(given) if given else known[name].source
-        chosen.append(replace(known[name], **given, source=source))
+            known[name] = Device(
+                name=name, tflops=1.0, half_tflops=1.0, gb_per_s=1.0, memory_gb=None, source="not known"
+            )
+        device = known[name]
+        chosen.append(replace(device, **given, sources={**device.sources, **told}))
     return chosen
 
 
-def device_named(card: str) -> str:
-    """The table's name of a GPU, by what its driver calls it; that itself where the table has none."""
-    squeezed = card.lower().replace(" ", "").replace("-", "").replace("geforce", "")
-    return next((name for name in DEVICES if name.replace("-", "") in squeezed), card)
+def device_named(card: str, memory_gb: float) -> str:
+    """The table's name of a GPU, by what its driver calls it and its memory; the driver's where the table has none."""
+    words = [word for word in re.findall(r"[a-z0-9]+", card.lower()) if not _NO_NAME.fullmatch(word)]
+    name = _SAME.get("".join(words), "".join(words))
+    if name == "a100" and memory_gb < 60:
+        name = "a100-40gb"
+    return name if name in DEVICES else card
 
 
 def _read(path: Path) -> dict[str, Device]:
@@ -123,7 +149,7 @@ def _read(path: Path) -> dict[str, Device]:
 
 
 def _device(name: str, values: Any, path: Path) -> Device:
-    known = {field.name for field in fields(Device)} - {"name", "source"}
+    known = {one.name for one in fields(Device)} - {"name", "source", "sources"}
     place = f"{path}: {name}"
     if not isinstance(values, dict):
         raise BadInputError("bad-devices", place, expected="tflops and gb_per_s, at least")
@@ -139,7 +165,8 @@ def _device(name: str, values: Any, path: Path) -> Device:
     if missing := [key for key in ("tflops", "gb_per_s") if key not in values]:
         raise BadInputError("bad-devices", place, expected=missing[0])
     settings = {"half_tflops": values["tflops"], "memory_gb": None} | values
-    return Device(name=name, source=str(path), **settings)
+    sources = {figure: source for figure, source in _ASSUMED.items() if figure not in values}
+    return Device(name=name, source=str(path), sources=sources, **settings)
 
 
 def as_facts(device: Device) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from pipeline.encoding_config import used_settings
 from pipeline.plan.cache_size import CacheSize
 from pipeline.plan.children import Answer
 from pipeline.plan.config import PlanConfig
-from pipeline.plan.rates import Assumption, Cost, Rates, StudentRates
+from pipeline.plan.rates import LEFT_OUT, ONLINE, Assumption, Cost, Rates, StudentRates, counted_by, online
 
 STAND_IN_TEXT = "python-docs:train"
 """Text of a probe where only a number of tokens was given: the interpreter's own documentation, which is there."""
@@ -92,14 +92,14 @@ def measured_rates(
         capture_peak_bytes=round(capture["peak_bytes"] + grows),
         text_token_s=text_s,
         students=tuple(
-            _student(name, train, answer, config.block_tokens, forward_s, weight_bytes)
+            _student(name, train, answer, config.block_tokens, forward_s, weight_bytes, capture["teacher_load_s"])
             for (name, _, train), answer in zip(students, probed.students, strict=True)
         ),
     )
 
 
 def _student(
-    name: str, train: Any, answer: Answer, block_tokens: int, teacher_s: float, teacher_bytes: int
+    name: str, train: Any, answer: Answer, block_tokens: int, teacher_s: float, teacher_bytes: int, load_s: float
 ) -> StudentRates:
     told = answer.facts
     step_s, step_tokens, optimizer_s = told["step_s"], told["step_tokens"], told["optimizer_s"]
@@ -110,21 +110,27 @@ def _student(
     once_a_step = optimizer_s / (train.batch_blocks * train.accumulate * block_tokens)
     token_s = pass_s + once_a_step
     first_s = min(step_s[0], pass_s * step_tokens[0] + optimizer_s)
-    fixed_s = answer.wall_s - told["extra_s"] - sum(step_s[1:]) - first_s
+    fixed_s = max(0.0, answer.wall_s - told["extra_s"] - sum(step_s[1:]) - first_s)
     return StudentRates(
         name=name,
         parameters=told["parameters"],
         token_s=token_s,
-        online_token_s=token_s + teacher_s,
         cross_entropy_token_s=told["cross_entropy_token_s"],
-        fixed_s=max(0.0, fixed_s),
+        fixed_s=fixed_s,
         peak_bytes=told["peak_bytes"],
-        online_peak_bytes=told["peak_bytes"] + teacher_bytes,
         epochs=train.epochs,
+        **online(
+            step_token_s=token_s,
+            teacher_token_s=teacher_s,
+            fixed_s=fixed_s,
+            load_s=load_s,
+            peak_bytes=told["peak_bytes"],
+            teacher_bytes=teacher_bytes,
+        ),
     )
 
 
-def measured_assumptions(config: PlanConfig, probed: Probed) -> list[Assumption]:
+def measured_assumptions(config: PlanConfig, probed: Probed, teacher: Cost) -> list[Assumption]:
     """What was timed, and what a plan still takes for granted."""
     capture = probed.capture
     batches = f"{_MEASURED}: median of {len(capture['batch_s'])} batches of {capture['batch_tokens']:,} tokens"
@@ -160,12 +166,11 @@ def measured_assumptions(config: PlanConfig, probed: Probed) -> list[Assumption]
         ),
         Assumption(
             name="online distillation",
-            value="a student's step and the teacher's forward pass",
+            value=ONLINE,
             unit="",
-            source="sum of both as measured; the output head's product in proportion to its FLOPs",
+            source="sum of all as measured; the output head's product in proportion to its FLOPs, "
+            + counted_by([("teacher", teacher)]),
         ),
-        Assumption(
-            name="left out", value="evaluation on the way, checkpoints between", unit="", source="asked for by flags"
-        ),
+        LEFT_OUT,
     ]
     return told

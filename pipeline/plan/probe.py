@@ -60,7 +60,7 @@ def _probe(config: CaptureConfig, seconds: float, least_blocks: int) -> dict[str
         place = _TimedPlace(config.out)
         first, first_stage_s = _timed(lambda: stage(source, quiet=True))
         run = Run(source, place, first, True, False)
-        teacher = run.teacher
+        teacher, load_s = _timed(lambda: run.teacher)
         block_s, warm_up_s = _timed_block(run)
         num_blocks = _blocks_for(config, source, seconds, block_s, least_blocks)
         run.source = source = _learning_little(replace(source, config=_limited(config, num_blocks)), num_blocks)
@@ -80,6 +80,7 @@ def _probe(config: CaptureConfig, seconds: float, least_blocks: int) -> dict[str
         "blocks": run.staged.num_blocks,
         "tokens": run.staged.num_tokens,
         "text_tokens_per_s": _rate(run.staged.num_tokens - first.num_tokens, stage_s - first_stage_s),
+        "teacher_load_s": load_s,
         "warm_up_s": warm_up_s,
         # A batch of fewer blocks takes as long: it is filled up.
         "batch_tokens": size * tokens,
@@ -175,12 +176,16 @@ def _forward_timed(teacher: Teacher) -> Iterator[list[float]]:
     seconds: list[float] = []
     began = [0.0]
 
+    def wait() -> None:
+        if teacher.device.type == "cuda":
+            torch.cuda.synchronize(teacher.device)
+
     def start(*_: Any) -> None:
+        wait()
         began[0] = time.perf_counter()
 
     def end(*_: Any) -> None:
-        if teacher.device.type == "cuda":
-            torch.cuda.synchronize(teacher.device)
+        wait()
         seconds.append(time.perf_counter() - began[0])
 
     model = teacher.model.base_model

@@ -9,8 +9,8 @@ from typing import Any
 from pipeline.inspect import describe_encoding
 from pipeline.plan.cache_size import RATIO_SOURCE, CacheSize
 from pipeline.plan.config import PlanConfig
-from pipeline.plan.curve import Law, curve, loss_by_hours
-from pipeline.plan.devices import Device, as_facts
+from pipeline.plan.curve import REPEATS, Law, curve, loss_by_hours
+from pipeline.plan.devices import CPU, Device, as_facts
 from pipeline.plan.rates import Assumption, Rates
 from pipeline.plan.totals import WAYS, affordable, break_even, costs, student_hours, total_hours
 
@@ -31,15 +31,21 @@ def facts_of(
     students: Sequence[Mapping[str, Any]],
     tokens: int,
     certainty: str,
-    laws: Mapping[str, Law],
+    laws: Mapping[str, Law | None],
 ) -> dict[str, Any]:
     """One device's plan; ``device`` is None where this machine was measured."""
     hours = total_hours(rates, tokens)
     at = config.budget_hours if config.budget_hours is not None else hours.cached
     memory_bytes = None if device is None or device.memory_gb is None else 1e9 * device.memory_gb
     most_bytes = max(rates.capture_peak_bytes, *(student.peak_bytes for student in rates.students))
+    most_online_bytes = max(student.online_peak_bytes for student in rates.students)
     measured = device is None
+    # A machine is paid for once, however many of its threads share the work.
+    billed = 1 if device is None or device.name == CPU else num_devices
     assumptions = [asdict(one) for one in told]
+    source = "R*_D of Muennighoff et al. 2023 (arXiv 2305.16264)"
+    unit = "epochs after which it has lost most of its worth"
+    assumptions.append({"name": "repeated text", "value": REPEATS, "unit": unit, "source": source})
     if not measured:
         source = RATIO_SOURCE
         assumptions += [
@@ -87,13 +93,14 @@ def facts_of(
         "students": [
             _student(student, described, tokens) for student, described in zip(rates.students, students, strict=True)
         ],
-        "totals": {f"{way}_hours": hours.of(way) for way in WAYS} | costs(config, hours, num_devices),
+        "totals": {f"{way}_hours": hours.of(way) for way in WAYS} | costs(config, hours, billed),
         "break_even": break_even(rates, tokens),
         "budget": _budget(config, rates, hours.cached),
         "fits_in_memory": None if memory_bytes is None else most_bytes <= memory_bytes,
-        "curve": curve(rates, tokens, dict(laws)),
-        "loss_by_hours": loss_by_hours(rates, at, dict(laws), config.block_tokens),
-        "laws": {way: law.facts() for way, law in laws.items()},
+        "online_fits_in_memory": None if memory_bytes is None else most_online_bytes <= memory_bytes,
+        "curve": curve(rates, tokens, laws),
+        "loss_by_hours": loss_by_hours(rates, at, laws, config.block_tokens),
+        "laws": {way: None if law is None else law.facts() for way, law in laws.items()},
         "assumptions": assumptions,
     }
 
@@ -215,11 +222,25 @@ def _totals(facts: Mapping[str, Any]) -> list[str]:
             f" {budget['tokens_affordable']:,} cached, {budget['tokens_affordable_online']:,} online,"
             f" {budget['tokens_affordable_cross_entropy']:,} cross-entropy"
         )
-    if facts["fits_in_memory"] is False:
-        device = facts["device"]
-        more = f"more than the {device['memory_gb']:g} GB of {device['name']}: take smaller batches, or more of them"
-        lines.append(f"memory    {more}")
-    return lines
+    return [*lines, *_too_large(facts)]
+
+
+def _too_large(facts: Mapping[str, Any]) -> list[str]:
+    """What does not fit the device's memory."""
+    device = facts["device"]
+    if device is None or device["memory_gb"] is None:
+        return []
+    parts = {"the capture": facts["capture"]["peak_bytes"]}
+    for one in facts["students"]:
+        parts |= {one["name"]: one["peak_bytes"], f"{one['name']}, online": one["online"]["peak_bytes"]}
+    above = [f"{name} ({_bytes(size)})" for name, size in parts.items() if size > 1e9 * device["memory_gb"]]
+    if not above:
+        return []
+    most = f"more than the {device['memory_gb']:g} GB of {device['name']}"
+    return [
+        f"memory    {most}: {', '.join(above)}",
+        "          smaller batches, or activation checkpointing, take less; weights and optimizer state stay",
+    ]
 
 
 def _devices(facts: Mapping[str, Any]) -> list[str]:
@@ -237,8 +258,7 @@ def _devices(facts: Mapping[str, Any]) -> list[str]:
 
 
 def _curve(facts: Mapping[str, Any]) -> list[str]:
-    law = facts["laws"]["cached"]
-    kind = f"fitted to {law['runs']} students, off by {law['rms_nats']:.3f} nats" if law["runs"] else "a published law"
+    laws = facts["laws"]
     rows = [
         [
             str(row["students"]),
@@ -247,20 +267,34 @@ def _curve(facts: Mapping[str, Any]) -> list[str]:
         ]
         for row in facts["curve"]
     ]
-    lines = [
-        f"held-out loss, a MODEL ({kind}; {law['source']})",
-        *_table(
-            ["students", *(f"hours, {_WORDS[way]}" for way in WAYS), *(f"loss, {_WORDS[way]}" for way in WAYS)], rows
-        ),
-    ]
-    if not law["runs"]:
+    headings = ["students", *(f"hours, {_WORDS[way]}" for way in WAYS), *(f"loss, {_WORDS[way]}" for way in WAYS)]
+    lines = ["held-out loss, a MODEL", *_table(headings, rows)]
+    distinct: list[Mapping[str, Any]] = []
+    for law in laws.values():
+        if law is not None and law not in distinct:
+            distinct.append(law)
+    for law in distinct:
+        ways = [way for way in WAYS if laws[way] == law]
+        lines.append(f"{', '.join(_WORDS[way] for way in ways)}: {_law(law)}")
+        if any(row["ways"][way]["loss"] is None for row in facts["curve"] for way in ways):
+            most = "" if law["most_tokens"] is None else f" to {law['most_tokens']:,.0f}"
+            lines.append(f"  -: outside the law, which holds from {law['least_tokens']:,.0f}{most} tokens")
+    if missing := [_WORDS[way] for way in WAYS if laws[way] is None]:
+        lines.append(f"-: no run of {', '.join(missing)} to fit a law to")
+    if not any(law["runs"] for law in distinct):
         lines.append(
             "the law is of models trained from scratch on text; it says nothing of what a teacher adds: give --runs"
         )
-    if any(row["ways"]["cached"]["loss"] is None for row in facts["curve"]):
-        most = "" if law["most_tokens"] is None else f" to {law['most_tokens']:,.0f}"
-        lines.append(f"-: outside the law, which holds from {law['least_tokens']:,.0f}{most} tokens")
     return lines
+
+
+def _law(law: Mapping[str, Any]) -> str:
+    terms = f"{law['a']:g} / N^{law['alpha']:g} + {law['b']:g} / D^{law['beta']:g}"
+    formula = f"{law['shift']:.4f} + {law['scale']:.4g} x ({terms})"
+    if not law["runs"]:
+        return f"{formula}, a published law ({law['source']})"
+    off = "too few runs to tell how far off" if law["rms_nats"] is None else f"off by {law['rms_nats']:.3f} nats"
+    return f"{formula}, {law['source']}: {law['runs']} {'run' if law['runs'] == 1 else 'runs'}, {off}"
 
 
 def _table(header: list[str], rows: list[list[str]]) -> list[str]:

@@ -36,8 +36,11 @@ class Hours:
 def student_hours(student: StudentRates, tokens: int, epochs: int | None = None) -> Hours:
     """Of one student, its command's start and export included; the cache is there already."""
     seen = tokens * (student.epochs if epochs is None else epochs)
-    seconds = (student.token_s, student.online_token_s, student.cross_entropy_token_s)
-    return Hours(**{way: (student.fixed_s + seen * s) / 3600 for way, s in zip(WAYS, seconds, strict=True)})
+    return Hours(
+        cached=(student.fixed_s + seen * student.token_s) / 3600,
+        online=(student.online_fixed_s + seen * student.online_token_s) / 3600,
+        cross_entropy=(student.fixed_s + seen * student.cross_entropy_token_s) / 3600,
+    )
 
 
 def once_hours(rates: Rates, tokens: int) -> Hours:
@@ -58,10 +61,11 @@ def break_even(rates: Rates, tokens: int) -> dict[str, Any]:
     once, students = once_hours(rates, tokens), rates.students
     paid = Fraction(once.cached) - Fraction(once.online)
     of_each = [student_hours(student, tokens) for student in students]
-    at_one = [student_hours(student, tokens, epochs=1) for student in students]
+    unread = _saved([student_hours(student, tokens, epochs=0) for student in students])
+    by_epoch = _saved([student_hours(student, tokens, epochs=1) for student in students]) - unread
     counts = {
         "students": _first_above(paid, _saved(of_each) / len(students)),
-        "epochs": _first_above(paid, _saved(at_one)),
+        "epochs": _first_above(paid - unread, by_epoch),
     }
     words = {name: NEVER if n is None else FROM_THE_FIRST if n == 1 else f"from {n:,}" for name, n in counts.items()}
     return {**counts, "words": words, "against": "online"}
@@ -108,7 +112,7 @@ def most_tokens(rates: Rates, way: str, hours: float, block_tokens: int) -> int:
 
 
 def costs(config: PlanConfig, hours: Hours, num_devices: int) -> dict[str, Any]:
-    """Money, kWh and kg of CO2 of each way; None without the rates that they need."""
+    """Money, kWh and kg of CO2 of each way, each device paid for; None without the rates that they need."""
     kwh = money = co2_kg = None
     if config.watts is not None:
         kwh = {way: config.watts * num_devices * hours.of(way) / 1000 for way in WAYS}

@@ -19,6 +19,7 @@ from tests.documented import NEEDS, SHOWN, blocks, commands, parse, run_block, r
 from tests.models import make_folder
 from tools import draw_pictures
 from tools.check_site import problems
+from tools.site_text import with_links_to_pages
 
 ROOT = Path(__file__).parents[2]
 GENERATED = ROOT / "docs" / "reference" / "commands"
@@ -144,3 +145,50 @@ def test_a_broken_link_and_a_foreign_script_are_found(tmp_path: Path) -> None:
     bad = '<a href="c.html">c</a><a href="b.html#gone">b</a><script src="https://example.org/x.js"></script>'
     (tmp_path / "a.html").write_text(bad)
     assert len(list(problems(tmp_path))) == 3
+
+
+@pytest.mark.parametrize(
+    "loads",
+    [
+        """<style>a { background: url("https://example.org/x.png") }</style>""",
+        "<p style='background: URL( //example.org/x.png )'></p>",
+        """<img src="data:," srcset="data:,x 1x, https://example.org/x.png 2x">""",
+        *(f'<{tag} src="https://example.org/x"></{tag}>' for tag in ("video", "audio", "track", "iframe")),
+        """<video poster="//example.org/x.png"></video>""",
+        """<svg><image href="https://example.org/x.png"/></svg>""",
+    ],
+)
+def test_whatever_a_page_loads_from_elsewhere_is_found(tmp_path: Path, loads: str) -> None:
+    (tmp_path / "a.html").write_text(f"<style>a {{ color: red }}</style>{loads}<p>url(https://example.org/text)</p>")
+    assert len(list(problems(tmp_path))) == 1
+
+
+@pytest.mark.parametrize(
+    ("style", "number"),
+    [
+        ("a { background: url(https://example.org/a) } b { background: url('//example.org/b') }", 2),
+        ("""@import "https://example.org/c.css"; a { background: url("https://example.org/a") }""", 2),
+        ("/* url(https://example.org) */ a { background: url(data:,x), url('d.png'), url(#e) }", 0),
+    ],
+)
+def test_whatever_a_style_sheet_loads_from_elsewhere_is_found(tmp_path: Path, style: str, number: int) -> None:
+    (tmp_path / "a.html").write_text("<p>a</p>")
+    (tmp_path / "a.css").write_text(style)
+    assert len(list(problems(tmp_path))) == number
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_links_of_a_page_lead_to_files_of_a_bare_clone(page: Path) -> None:
+    text = re.sub(r"^(```+).*?^\1|`[^`\n]*`", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    for address in re.findall(r"\]\(([^)#:\s]+)(?:#[^)\s]*)?\)", text):
+        target = (page.parent / address).resolve()
+        assert target.exists(), address
+        assert GENERATED not in (target, *target.parents), address
+
+
+def test_help_of_a_command_becomes_a_link_to_its_page() -> None:
+    text = "`kdpipe verify --help`, `kdpipe --help`, `kdpipe COMMAND --help`, [`kdpipe verify --help`](x.md)"
+    assert with_links_to_pages(text) == (
+        "[`kdpipe verify --help`](/reference/commands/verify.md), [`kdpipe --help`](/reference/commands/index.md),"
+        " `kdpipe COMMAND --help`, [`kdpipe verify --help`](x.md)"
+    )

@@ -120,6 +120,7 @@ def test_a_family_is_trained_measured_and_left_alone_when_done(
         assert 0 <= figures["overlap"] <= 1
         assert row["speed"]["decode_tokens_per_s"] > 0
         assert row["training_tokens"] == 51 * 16
+        assert row["training_epochs"] == 1
     assert json.loads((out / "family.json").read_text()) == report
     table = list(csv.DictReader((out / "family.csv").read_text().splitlines()))
     assert [row["student"] for row in table] == NAMES

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from pipeline.plan.measured import Probed, capture_settings, measured_rates
 from pipeline.plan.presets import PRESETS, preset
 from tests.integration.test_benchmarks import run
 from tests.models import make_folder, write_words
+from tests.unit.test_plan_curve import family
 from train import probe as training_probe
 
 SIZES = ["--block-tokens", "16", "--hidden-window", "4", "--capture-batch-blocks", "2", "--shard-blocks", "4"]
@@ -169,6 +171,7 @@ def test_measured_rates_are_what_was_timed() -> None:
         "token_s": 1e-3,
         "forward_token_s": 8e-4,
         "batch_s": [1.0, 1.0],
+        "teacher_load_s": 0.25,
         "warm_up_s": 0.5,
         "create_s": 3.0,
         "learnt_batch_tokens": 1000,
@@ -207,7 +210,8 @@ def test_measured_rates_are_what_was_timed() -> None:
     assert student.fixed_s == pytest.approx(40 - 5 - 2.0 - 2.2 - (1.9 + 0.2))
     head = 2 * 50_000 * 768
     assert student.online_token_s - student.token_s == pytest.approx(8e-4 * 2e9 / (2e9 - head))
-    assert student.online_peak_bytes == 2 * 10**9 + 4 * 10**9
+    assert student.online_fixed_s - student.fixed_s == pytest.approx(0.25)
+    assert student.online_peak_bytes == 2 * 10**9 + 4 * 10**9 + 4 * (64 << 20)
 
 
 def test_a_probe_answers_from_a_process_of_its_own_or_its_refusal_comes_back() -> None:
@@ -222,6 +226,47 @@ def test_a_probe_answers_from_a_process_of_its_own_or_its_refusal_comes_back() -
         ask("tests.probes", {"do": "answer"})
     with pytest.raises(KdpipeError, match=r"probe-failed: tests\.probes, found last words"):
         ask("tests.probes", {"do": "end"})
+
+
+def test_hooks_wait_for_the_device_before_and_after(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *device: waits.append(device))
+    with training_probe._optimizer_timed() as seconds:
+        torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))]).step()
+    assert (len(seconds), len(waits)) == (1, 2)
+    waits.clear()
+    model = torch.nn.Module()
+    model.base_model = torch.nn.Linear(1, 1)
+    teacher: Any = SimpleNamespace(device=torch.device("cuda"), model=model)
+    with capture_probe._forward_timed(teacher) as seconds:
+        model.base_model(torch.zeros(1))
+    assert (len(seconds), len(waits)) == (1, 2)
+
+
+def test_a_cpu_is_paid_for_once_and_a_gpu_each(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--teacher", "gpt2", "--student", 6, "--tokens", 1024, "--price-per-hour", 2, "--watts", 100, "--json"]
+    for device, billed in (("cpu-core", 1), ("h100", 4)):
+        code, out, err = kdpipe(capsys, *flags, "--device", device, "--num-devices", 4)
+        assert code == 0, err
+        totals = json.loads(out)["totals"]
+        assert totals["money"]["cached"] == pytest.approx(2 * billed * totals["cached_hours"])
+        assert totals["kwh"]["online"] == pytest.approx(0.1 * billed * totals["online_hours"])
+
+
+def test_a_report_names_what_does_not_fit_and_each_law(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    flags = ["--teacher", "gpt2-xl", "--student", 1, "--tokens", 4096, "--device", "h100", "--device-memory-gb", 6]
+    code, out, err = kdpipe(capsys, *flags, "--dtype", "bfloat16", "--capture-batch-blocks", 1, "--batch-blocks", 1)
+    assert code == 0, err
+    (line,) = [line for line in out.splitlines() if line.startswith("memory    ")]
+    assert "layers-1, online" in line
+    assert "or more of them" not in out
+    run = family(tmp_path / "run", (10**8, 4096, 4.0, False))
+    code, out, err = kdpipe(capsys, *flags, "--runs", run)
+    assert code == 0, err
+    assert "cached, online: " in out
+    assert "1 run, too few runs to tell how far off" in out
+    assert "no run of cross-entropy" in out
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,9 @@ def test_examples_have_the_last_word_or_the_sentence_as_their_target(tmp_path: P
         ("lambada", '{"text": "word"}\n', "bad-record"),
         ("lambada", '{"text": "ends in a space "}\n', "bad-record"),
         ("lambada", '{"sentence": "a b"}\n', "bad-record"),
+        ("lambada", '{"text": "a \\ud800 word"}\n', "bad-record"),
+        ("common_gen", '{"concepts": ["a", "\\ud800"], "target": "x"}\n', "bad-record"),
+        ("common_gen", '{"concepts": ["a"], "target": "\\udc00"}\n', "bad-record"),
         ("common_gen", '["a", "b"]\n', "bad-record"),
         ("common_gen", '{"concepts": "a b", "target": "x"}\n', "bad-record"),
         ("common_gen", '{"concepts": ["a"], "target": " "}\n', "bad-record"),
@@ -164,3 +168,11 @@ def test_a_hub_that_does_not_answer_is_one_line_that_names_the_way_out(monkeypat
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     assert "--corpus ptb=PATH" in refused("unknown-corpus", read_corpus, "ptb")
+
+
+def test_sentences_without_a_number_are_grouped_by_their_concepts(tmp_path: Path) -> None:
+    path = tmp_path / "common_gen"
+    rows = [{"concept_set_id": None, "concepts": [word], "target": "x"} for word in ("a", "b", "a")]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    first, second, third = (example.group for example in read_corpus(f"common_gen={path}").examples)
+    assert first == third != second

@@ -368,7 +368,7 @@ def test_table_aligns_columns_and_shows_teacher_and_models_under_each_other() ->
     on_text |= {"bits_per_byte": 1.25, "tokens_per_s": 10.0}
     on_cache = {"cache": "held", "temperature": 2.0, "num_tokens": 9, "loss_nats": 3.0, "perplexity": 20.0}
     on_cache |= {"ece": 0.125, "kl_is": "exact", "kl_to_teacher": 0.5, "agreement": 0.25, "overlap": 0.75}
-    on_cache |= {"tokens_per_s": 10.0, "teacher_loss": 2.0, "teacher_perplexity": 7.0, "intervals": {}}
+    on_cache |= {"teacher_loss": 2.0, "teacher_perplexity": 7.0, "intervals": {}}
     row = {"name": "a-model", "parameters": 1234, "texts": [on_text], "cache": on_cache}
     row |= {"corpora": [], "speed": None, "samples": [], "harness": None}
     assert shown([row]) == [
@@ -377,14 +377,14 @@ def test_table_aligns_columns_and_shows_teacher_and_models_under_each_other() ->
         "a-model       1,234   1,000  2.5000           -     1.2500  0.0500        10",
         "",
         "held, exact KL and overlap at temperature 2",
-        "model          parameters  tokens    loss  perplexity     ECE      KL  agreement  overlap  tokens/s",
+        "model          parameters  tokens    loss  perplexity     ECE      KL  agreement  overlap",
         "(the teacher)                   9  2.0000        7.00",
-        "a-model             1,234       9  3.0000       20.00  0.1250  0.5000     0.2500   0.7500        10",
+        "a-model             1,234       9  3.0000       20.00  0.1250  0.5000     0.2500   0.7500",
     ]
     drawn = {**on_cache, "kl_is": None, "kl_to_teacher": None, "agreement": None, "overlap": None}
     lines = shown([{**row, "texts": [], "cache": drawn}])
     assert "drawn" in lines[0]
-    assert lines[-1].split()[-5:] == ["0.1250", "-", "-", "-", "10"]
+    assert lines[-1].split()[-4:] == ["0.1250", "-", "-", "-"]
     sure = {**on_cache, "intervals": {"loss_nats": [2.5, 3.5], "kl_to_teacher": [0.25, 1.0]}}
     lines = shown([{**row, "cache": sure}])[-2:]
     assert lines[0].split("  ")[0] == "intervals, by block"

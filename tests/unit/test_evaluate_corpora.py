@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
+from transformers import GenerationConfig
 
 import train.evaluation.scorer
 from pipeline.cli import run
@@ -33,6 +34,7 @@ from train.evaluation.config import CORPORA, EvaluateConfig
 from train.evaluation.corpora import read_corpus
 from train.evaluation.evaluate import evaluate_models
 from train.evaluation.tables import table
+from train.evaluation.windows import DEFAULT_WINDOW
 
 EOS = 256
 
@@ -205,6 +207,44 @@ def test_models_of_other_tokens_have_no_difference(tmp_path: Path) -> None:
     assert (one["num_words"], one["num_bytes"]) == (two["num_words"], two["num_bytes"])
 
 
+def test_as_many_tokens_of_another_tokenizer_are_not_the_same_tokens(tmp_path: Path) -> None:
+    save_model(tmp_path / "one")
+    save_model(tmp_path / "two")
+    tokenizer = json.loads((tmp_path / "two" / "tokenizer.json").read_text())
+    # The same ids, of which two stand for each other's bytes.
+    vocab = tokenizer["model"]["vocab"]
+    vocab["e"], vocab["a"] = vocab["a"], vocab["e"]
+    (tmp_path / "two" / "tokenizer.json").write_text(json.dumps(tokenizer))
+    names = (str(tmp_path / "one"), str(tmp_path / "two"))
+    config = EvaluateConfig(models=names, corpus=write_corpora(tmp_path)[:2], limit_tokens=32, window=20, device="cpu")
+    for one, two in zip(*(row["corpora"] for row in evaluate_models(config, quiet=True)), strict=True):
+        assert one["num_tokens"] == two["num_tokens"]
+        assert two["difference"] is None
+
+
+def test_a_model_of_any_length_reads_windows_of_the_default_length(tmp_path: Path) -> None:
+    save_model(tmp_path / "model", "bloom")
+    path = tmp_path / "model" / "config.json"
+    settings = json.loads(path.read_text())
+    del settings["max_position_embeddings"]
+    path.write_text(json.dumps(settings))
+    (figures,) = evaluate(tmp_path / "model", corpus=write_corpora(tmp_path)[1:2])["corpora"]
+    assert figures["window_tokens"] == DEFAULT_WINDOW
+
+
+def test_a_line_of_the_harness_names_its_windows_and_levels_are_not_rounded(tmp_path: Path) -> None:
+    save_model(tmp_path / "model")
+    row = evaluate(tmp_path / "model", corpus=write_corpora(tmp_path)[2:4], window=12, stride=4)
+    row["harness"] = [{"figures": {"bits_per_byte": 1.5}}, {"figures": {"accuracy": 0.5}}]
+    lines = table({"models": [row], "bootstrap": {"resamples": 9, "level": 0.995, "seed": 0}})
+    told = [line for line in lines if "by lm-evaluation-harness" in line]
+    assert [line.partition("harness, ")[2] for line in told] == [
+        "windows of 12, stride 12: bits_per_byte 1.5000",
+        "at most 12 tokens read: accuracy 0.5000",
+    ]
+    assert lines[-1].startswith("[99.5% intervals]")
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -289,5 +329,9 @@ def test_samples_are_greedy_or_drawn_with_a_seed(tmp_path: Path) -> None:
     assert drawn == written(sample_temperature=1.0, seed=5)
     assert len({written(sample_temperature=1.0, seed=seed) for seed in range(4)}) > 1
     assert torch.equal(state, torch.random.get_rng_state())
+    # What the folder says of generation does not count.
+    greedy = written()
+    GenerationConfig(repetition_penalty=50.0, no_repeat_ngram_size=1).save_pretrained(tmp_path / "model")
+    assert written() == greedy
     assert refusal(evaluate, tmp_path / "model", sample=("",)).kind == "no-prompt"
     assert refusal(evaluate, tmp_path / "model", sample=("a" * POSITIONS,)).kind == "block-too-long"

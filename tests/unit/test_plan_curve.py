@@ -56,15 +56,26 @@ def test_one_kind_of_run_gives_a_level_and_more_text_never_hurts() -> None:
     assert fitted([one, worse], "here").scale == 0
 
 
-def family(folder: Path, *rows: tuple[int, int, float, bool]) -> Path:
+def family(
+    folder: Path, *rows: tuple[int, int, float, bool], epochs: float = 1.0, cache: str = "c", of_text: bool = False
+) -> Path:
     folder.mkdir()
     students: list[dict[str, Any]] = [
         {
             "status": "done",
             "parameters": parameters,
             "training_tokens": tokens,
+            "training_epochs": epochs,
             "control_of": "a" if control else None,
-            "evaluation": {"cache": {"loss_nats": loss}, "texts": [{"loss_nats": 99.0}]},
+            "evaluation": {
+                "cache": None if of_text else {"loss_nats": loss},
+                "texts": [{"text": "a.txt", "num_tokens": 9, "loss_nats": loss if of_text else 99.0}],
+            },
+            "evaluation_of": {
+                "cache": cache,
+                "texts": [[1, 2]],
+                "settings": {"block_tokens": 8, "limit_tokens": None, "limit_bytes": None},
+            },
         }
         for parameters, tokens, loss, control in rows
     ]
@@ -76,11 +87,56 @@ def family(folder: Path, *rows: tuple[int, int, float, bool]) -> Path:
 def test_runs_give_each_way_its_own_law(tmp_path: Path) -> None:
     run = family(tmp_path / "a", (10**7, 10**6, 4.0, False), (10**7, 10**6, 4.5, True))
     found = laws([run])
-    assert found["cached"].loss(10**7, 10**6, 1) == found["online"].loss(10**7, 10**6, 1) == pytest.approx(4.0)
-    assert found["cross_entropy"].loss(10**7, 10**6, 1) == pytest.approx(4.5)
-    assert found["cached"].source == "fitted to a"
+    cached, alone = found["cached"], found["cross_entropy"]
+    assert cached is not None
+    assert alone is not None
+    assert found["online"] == cached
+    assert cached.loss(10**7, 10**6, 1) == pytest.approx(4.0)
+    assert alone.loss(10**7, 10**6, 1) == pytest.approx(4.5)
+    assert cached.source == "fitted to a"
     taught_alone = laws([family(tmp_path / "b", (10**7, 10**6, 4.0, False))])
-    assert "no student of the text alone" in taught_alone["cross_entropy"].source
+    assert taught_alone["cross_entropy"] is None
+    plan = rates(student(parameters=10**7))
+    (row,) = curve(plan, 10**6, taught_alone)
+    assert row["ways"]["cached"]["loss"] == pytest.approx(4.0)
+    assert row["ways"]["cross_entropy"]["loss"] is None
+
+
+def test_a_line_through_two_runs_does_not_say_how_far_off_it_is(tmp_path: Path) -> None:
+    rows = [(10**7, 10**6, 4.0, False), (10**7, 10**7, 3.5, False), (10**7, 10**5, 5.0, False)]
+    two = laws([family(tmp_path / "two", *rows[:2])])["cached"]
+    three = laws([family(tmp_path / "three", *rows)])["cached"]
+    assert two is not None
+    assert three is not None
+    assert two.rms_nats is None
+    assert three.rms_nats is not None
+    assert three.rms_nats > 0
+
+
+def test_repeated_tokens_are_fitted_by_their_worth(tmp_path: Path) -> None:
+    fresh = 10**6
+    repeated = family(tmp_path / "a", (10**7, 4 * fresh, 4.0, False), epochs=4.0)
+    law = laws([repeated, family(tmp_path / "b", (10**7, fresh // 2, 5.0, False), epochs=0.5)])["cached"]
+    assert law is not None
+    assert law.loss(10**7, fresh, 4) == pytest.approx(4.0)
+    assert law.loss(10**7, fresh // 2, 1) == pytest.approx(5.0)
+
+
+def test_runs_on_unlike_text_are_not_pooled(tmp_path: Path) -> None:
+    row = (10**7, 10**6, 4.0, False)
+    first = family(tmp_path / "a", row)
+    laws([first, family(tmp_path / "b", row)])
+    for other in (family(tmp_path / "c", row, cache="d"), family(tmp_path / "e", row, of_text=True)):
+        with pytest.raises(BadInputError, match=r"^other-held-out: "):
+            laws([first, other])
+
+
+def test_an_older_report_is_refused(tmp_path: Path) -> None:
+    folder = family(tmp_path / "a", (10**7, 10**6, 4.0, False))
+    text = (folder / "family.json").read_text().replace("training_epochs", "epochs")
+    (folder / "family.json").write_text(text)
+    with pytest.raises(BadInputError, match=r"^not-a-family: "):
+        laws([folder])
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from cache_spec.shardfile import index_bytes
 from pipeline.plan.cache_size import TeacherSizes, cache_size, learnt_from, measured_size
 from pipeline.plan.config import PlanConfig
 from pipeline.plan.devices import DEVICES, device_named, devices_of
-from pipeline.plan.rates import formula_rates
+from pipeline.plan.rates import assumptions, counted_by, formula_rates
 from tests.models import ENCODINGS
 from tests.synthetic import make_manifest, make_rows, write_cache
 
@@ -95,7 +95,8 @@ def test_only_prototypes_are_learnt_from_text() -> None:
 class Cost:
     """A model of round figures."""
 
-    parameters, vocab_size, layers, kept_bytes, forward_flops = 10**9, 50_000, 10, 1e6, 2e9
+    parameters, vocab_size, width, layers, kept_bytes, forward_flops = 10**9, 50_000, 1024, 10, 1e6, 2e9
+    is_counted = True
 
 
 class Train:
@@ -104,11 +105,11 @@ class Train:
     precision, batch_blocks, accumulate, epochs, activation_checkpointing = "auto", 8, 1, 1, False
 
 
-def formula(device: str, share: int = 1, **changes: Any) -> Any:
+def formula(device: str, share: int = 1, train: Any = None, **changes: Any) -> Any:
     settings = config(**changes)
     (chosen,) = devices_of(settings.model_copy(update={"device": (device,)}), device)
     sizes: dict[str, Any] = {"learnt_tokens": 0, "bytes_per_token": 50.0, "table_bytes": 0, "share": share}
-    return formula_rates(settings, chosen, Cost(), [("a", Cost(), Train())], **sizes)
+    return formula_rates(settings, chosen, Cost(), [("a", Cost(), train or Train())], **sizes)
 
 
 def test_the_formula_is_flops_over_what_a_device_reaches() -> None:
@@ -120,7 +121,8 @@ def test_the_formula_is_flops_over_what_a_device_reaches() -> None:
     (student,) = rates.students
     assert student.token_s == pytest.approx(student.cross_entropy_token_s)
     assert student.token_s > 3 * 2e9 / (312e12 * 0.4)
-    assert student.online_token_s > student.token_s + forward_s
+    assert student.online_token_s == pytest.approx(student.token_s + forward_s + weights_s)
+    assert student.online_fixed_s == pytest.approx(student.fixed_s + 2e9 / 500e6)
     assert student.peak_bytes > 16e9
 
 
@@ -133,8 +135,66 @@ def test_faster_devices_and_more_of_them_take_less_and_a_slow_disk_is_a_limit() 
 
 def test_half_precision_is_the_default_on_cuda_alone() -> None:
     assert formula("a100").capture_token_s < formula("a100", dtype="float32").capture_token_s
+    assert formula("t4").capture_token_s == formula("t4", dtype="float32").capture_token_s
     assert formula("m2-max").capture_peak_bytes == formula("m2-max", dtype="float32").capture_peak_bytes
     assert formula("m2-max").capture_peak_bytes > formula("m2-max", dtype="float16").capture_peak_bytes
+
+
+def test_checkpointed_activations_take_a_fourth_pass_and_keep_each_layers_input() -> None:
+    train = Train()
+    train.activation_checkpointing = True
+    (one,), (plain,) = formula("a100", train=train).students, formula("a100").students
+    assert one.token_s - plain.token_s == pytest.approx(2e9 / (312e12 * 0.4))
+    pass_tokens, kept = 8 * 8, 4 * 1024 * 10 + 1e6 / 10
+    assert plain.peak_bytes - one.peak_bytes == pytest.approx(pass_tokens * (1e6 - kept) / 2, abs=2)
+
+
+@pytest.mark.parametrize(
+    ("card", "memory_gb", "name"),
+    [
+        ("NVIDIA H100 80GB HBM3", 85.0, "h100"),
+        ("NVIDIA H200", 150.0, "h200"),
+        ("NVIDIA A100-SXM4-80GB", 85.0, "a100"),
+        ("NVIDIA A100 80GB PCIe", 85.0, "a100"),
+        ("NVIDIA A100-SXM4-40GB", 42.5, "a100-40gb"),
+        ("NVIDIA A100-PCIE-40GB", 42.5, "a100-40gb"),
+        ("NVIDIA GeForce RTX 4090", 25.3, "rtx4090"),
+        ("NVIDIA L4", 23.7, "l4"),
+        ("Tesla T4", 15.8, "t4"),
+    ],
+)
+def test_a_drivers_name_is_that_of_the_table(card: str, memory_gb: float, name: str) -> None:
+    assert device_named(card, memory_gb) == name
+
+
+@pytest.mark.parametrize(
+    "card",
+    ["NVIDIA L40", "NVIDIA L40S", "NVIDIA T400", "NVIDIA T400 4GB", "NVIDIA GH200 480GB", "NVIDIA RTX A1000"]
+    + ["NVIDIA GeForce RTX 3090 Ti", "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA A100-SXM4-40GB MIG 1g.5gb"],
+)
+def test_a_card_that_is_not_in_the_table_is_no_other_one(card: str) -> None:
+    with pytest.raises(BadInputError, match=r"^unknown-device: "):
+        devices_of(config(), device_named(card, 80.0))
+
+
+def test_memory_is_this_machines_and_every_figure_says_where_it_is_from() -> None:
+    (here,) = devices_of(config(), "a100", 64.0)
+    assert (here.memory_gb, here.source_of("memory_gb")) == (64.0, "this machine's driver")
+    (named,) = devices_of(config(device=["a100"]), "a100", 64.0)
+    assert named.memory_gb == 80.0
+    (given,) = devices_of(config(device_memory_gb=7, training_utilisation=0.3), "a100", 64.0)
+    assert (given.memory_gb, given.source_of("memory_gb")) == (7, "given")
+    told = {one.name: one.source for one in assumptions(config(training_utilisation=0.3), given, 2, "counted", ["a"])}
+    assert told["utilisation, training"] == "given"
+    assert told["utilisation, capture"] == "assumed"
+    assert told["memory bandwidth"] == "maker's data sheet"
+    assert told["forward pass"] == "counted"
+    assert told["training step with checkpointed activations"].endswith(": a")
+    other = Cost()
+    other.is_counted = False
+    assert counted_by([("teacher", Cost()), ("b", Cost())]) == "counted by torch"
+    assert counted_by([("teacher", Cost()), ("b", other)]) == "counted by torch; by the shapes of weights: b"
+    assert counted_by([("b", other)]) == "by the shapes of weights: b"
 
 
 def test_devices_come_from_the_table_a_file_or_flags(tmp_path: Path) -> None:
@@ -173,20 +233,6 @@ def test_a_missing_file_and_an_unknown_device_are_refused(tmp_path: Path) -> Non
         devices_of(config(devices=tmp_path / "none"), "cpu-core")
     with pytest.raises(BadInputError, match="unknown-device: abacus, expected one of h200, "):
         devices_of(config(device=["abacus"]), "cpu-core")
-
-
-@pytest.mark.parametrize(
-    ("card", "name"),
-    [
-        ("NVIDIA H100 80GB HBM3", "h100"),
-        ("NVIDIA GeForce RTX 4090", "rtx4090"),
-        ("NVIDIA A100-SXM4-80GB", "a100"),
-        ("Tesla T4", "t4"),
-        ("Abacus", "Abacus"),
-    ],
-)
-def test_a_driver_calls_devices_by_longer_names(card: str, name: str) -> None:
-    assert device_named(card) == name
 
 
 def test_rates_are_finite_for_every_device_and_encoding() -> None:

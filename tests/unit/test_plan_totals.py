@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import count
 from typing import Any
 
@@ -36,6 +37,7 @@ def student(token_s: float = 1e-3, online_s: float = 3e-3, ce_s: float = 9e-4, *
             "online_token_s": online_s,
             "cross_entropy_token_s": ce_s,
             "fixed_s": 10.0,
+            "online_fixed_s": 10.0,
             "peak_bytes": 1,
             "online_peak_bytes": 2,
             "epochs": 1,
@@ -64,7 +66,7 @@ def config(**changes: Any) -> PlanConfig:
 
 
 def test_hours_are_what_each_token_and_each_command_takes() -> None:
-    plan = rates(student(epochs=3), student(fixed_s=0.0))
+    plan = rates(student(epochs=3), student(fixed_s=0.0, online_fixed_s=0.0))
     hours = total_hours(plan, TOKENS)
     capture_s = 5 + 2 + (TOKENS + 1024) * 2e-3 + TOKENS * 1e-5
     assert once_hours(plan, TOKENS).cached * 3600 == pytest.approx(capture_s)
@@ -76,14 +78,16 @@ def test_hours_are_what_each_token_and_each_command_takes() -> None:
 seconds = st.floats(1e-6, 1e-2)
 
 
-@given(seconds, seconds, seconds, st.floats(0, 100))
-def test_break_even_is_the_first_count_that_wins(cached: float, online: float, capture: float, fixed: float) -> None:
-    one = student(cached, online)
+@given(seconds, seconds, seconds, st.floats(0, 100), st.sampled_from([0.0, 3.0]))
+def test_break_even_is_the_first_count_that_wins(
+    cached: float, online: float, capture: float, fixed: float, load: float
+) -> None:
+    one = student(cached, online, online_fixed_s=10.0 + load)
     plan = rates(one, capture_s=capture, capture_fixed_s=fixed)
     told = break_even(plan, TOKENS)
 
     def wins(students: int, epochs: int) -> bool:
-        many = rates(*[student(cached, online, epochs=epochs)] * students, capture_s=capture, capture_fixed_s=fixed)
+        many = rates(*[replace(one, epochs=epochs)] * students, capture_s=capture, capture_fixed_s=fixed)
         hours = total_hours(many, TOKENS)
         return hours.cached < hours.online
 
@@ -116,6 +120,9 @@ def test_break_even_of_figures_that_can_be_done_by_hand() -> None:
     }
     assert break_even(rates(student(epochs=3)), TOKENS)["words"]["students"] == "from the first"
     assert break_even(rates(student(token_s=4e-3)), TOKENS)["students"] is None
+    # The teacher's load counts once a student, however many epochs: 17.24 - 9 s are paid by epochs of 8.19 s.
+    loaded = break_even(rates(student(online_fixed_s=19.0)), TOKENS)
+    assert (loaded["students"], loaded["epochs"]) == (2, 2)
 
 
 @given(st.floats(0.001, 50), seconds, st.sampled_from(WAYS))
@@ -145,7 +152,7 @@ def test_money_and_power_need_their_rates() -> None:
 
 
 def test_hours_of_a_student_at_other_epochs() -> None:
-    one = student(epochs=2, fixed_s=0.0)
+    one = student(epochs=2, fixed_s=0.0, online_fixed_s=0.0)
     by_epoch = [student_hours(one, TOKENS, epochs).cached for epochs in (1, 2)]
     assert by_epoch[1] == pytest.approx(2 * by_epoch[0])
     assert student_hours(one, TOKENS).cached == by_epoch[1]

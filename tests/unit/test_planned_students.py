@@ -10,7 +10,7 @@ import pytest
 
 from cache_spec.errors import BadInputError
 from tests.models import make_model
-from train.planned_students import PlannedStudent, planned_students, student_shape
+from train.planned_students import PlannedStudent, planned_students
 
 TEACHER = make_model("gpt2", num_hidden_layers=6).config
 
@@ -26,7 +26,7 @@ def planned(*given: str, **settings: Any) -> list[PlannedStudent]:
 def test_a_number_is_so_many_of_the_teachers_layers() -> None:
     (one,) = planned("3", epochs=4)
     assert one.name == "layers-3"
-    assert student_shape(one.model) == {"layers": 3, "width": 32}
+    assert (one.model.num_hidden_layers, one.model.hidden_size) == (3, 32)
     assert one.settings == {"num_layers": 3, "epochs": 4}
     assert (one.train.student, one.train.epochs) == ("teacher-layers", 4)
 
@@ -37,7 +37,7 @@ def test_json_is_a_config_in_words_or_in_a_file(tmp_path: Path) -> None:
     in_words, in_file = planned(json.dumps(changes), str(tmp_path / "narrow.json"))
     assert [one.name for one in (in_words, in_file)] == ["config", "narrow"]
     assert in_words.model.to_dict() == in_file.model.to_dict()
-    assert student_shape(in_words.model) == {"layers": 2, "width": 16}
+    assert (in_words.model.num_hidden_layers, in_words.model.hidden_size) == (2, 16)
     (other,) = planned('{"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 1}')
     assert other.model.model_type == "llama"
     assert other.model.vocab_size == TEACHER.vocab_size
@@ -56,7 +56,7 @@ def test_a_file_of_students_is_read_as_for_training(tmp_path: Path) -> None:
     )
     a, b = planned(str(file), batch_blocks=7)
     assert (a.train.epochs, a.train.batch_blocks, b.train.epochs) == (2, 7, 5)
-    assert student_shape(b.model) == {"layers": 6, "width": 16}
+    assert (b.model.num_hidden_layers, b.model.hidden_size) == (6, 16)
 
 
 def test_students_of_one_name_are_counted() -> None:
@@ -67,7 +67,8 @@ def test_students_of_one_name_are_counted() -> None:
     ("given", "words"),
     [
         ("7", "bad-student-config: student layers-7: num_layers, expected 1 to 6, found 7"),
-        ("0", "bad-student: student layers-0, found Input should be greater than 0"),
+        ("0", "bad-student: student 0, expected a number of layers above 0, found 0"),
+        ('{"a":' * 5000, "bad-student: student {.*, expected a JSON object"),
         ("{", "bad-student: student {, expected a JSON object"),
         ('{"n_embed": 3}', "unknown-key: student config: student config key n_embed of gpt2 .did you mean n_embd"),
         ('{"model_type": "abacus"}', "bad-student-config: student config: model_type abacus"),
@@ -76,3 +77,15 @@ def test_students_of_one_name_are_counted() -> None:
 def test_what_is_no_student_is_refused_by_its_name(given: str, words: str) -> None:
     with pytest.raises(BadInputError, match=words):
         planned(given)
+
+
+def test_json_in_words_may_be_longer_than_a_files_name() -> None:
+    (one,) = planned(json.dumps({"n_embd": 16, "n_layer": 2}) + " " * 5000)
+    assert one.model.hidden_size == 16
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe{}", b'{"n_embd": \xe9}', b"[" * 50_000, b"[1]"])
+def test_a_file_that_is_no_json_object_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(BadInputError, match=r"^bad-student: .*expected a JSON object"):
+        planned(str(tmp_path / "a.json"))

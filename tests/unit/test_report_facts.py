@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +20,19 @@ from cache_spec.reader import CacheReader
 from cache_spec.targets import dense
 from pipeline import cli
 from tests.evaluation import WORDS, save_tokenizer
-from tests.reports import HOSTILE, VOCABULARY, save_cache, save_evaluation, save_family, save_plan, save_run
+from tests.refusals import refused
+from tests.reports import HOSTILE, VOCABULARY, Page, save_cache, save_evaluation, save_family, save_plan, save_run
 from tests.synthetic import make_manifest
 from train.report import cache_facts
 from train.report.config import ReportConfig
 from train.report.facts import report_facts
 from train.report.inert import isolated, plain, visible
+from train.report.page import render
 from train.report.run_facts import run_facts
 from train.report.sample import Positions, pick_blocks, pick_shards, read_tops
 from train.report.tokens import Pieces
+
+HUGE = 10**400
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
@@ -91,6 +98,12 @@ def test_sizes_of_many_shards_are_scaled_up_and_say_so(tmp_path: Path, monkeypat
     assert (about["is_estimate"], about["shards_read"]) == (True, 2)
     assert about["arrays"]["input_ids"] == pytest.approx(exact["arrays"]["input_ids"], rel=0.2)
     assert about["tokens"] == exact["tokens"]
+    assert not about["is_estimate_of_tokens"]
+    (tmp_path / "cache" / "receipts" / "00000001.json").unlink()
+    (tmp_path / "cache" / "seal.json").unlink()
+    facts = report_facts(config)
+    assert facts["cache"]["sizes"]["is_estimate_of_tokens"]
+    assert re.search(r"Tokens about [\d,]+ Size about ", Page(render(facts, plots=False)).text)
 
 
 def test_an_example_of_a_causal_teacher_shows_what_follows(tmp_path: Path) -> None:
@@ -138,9 +151,9 @@ def test_pieces_of_a_byte_level_vocabulary(tmp_path: Path) -> None:
 
 
 def test_pieces_of_other_vocabularies() -> None:
-    words = {"▁a": 0, "<0xE2>": 1, "##ing": 2, "<0x41>": 3}
+    words = {"▁a": 0, "<0xE2>": 1, "##ing": 2, "<0x41>": 3, "<0xZZ>": 4}
     pieces = Pieces(Tokenizer(models.WordLevel(words, unk_token="▁a")).to_str().encode())
-    assert [pieces.piece(at).text for at in range(4)] == [" a", "⟨E2⟩", "##ing", "A"]
+    assert [pieces.piece(at).text for at in range(5)] == [" a", "⟨E2⟩", "##ing", "A", "<0xZZ>"]
     assert Pieces(b"not json").piece(3) == (3, "#3", "id")
     assert Pieces(None).text([1, 2]) == "#1 #2"
 
@@ -238,6 +251,76 @@ def test_plots_are_left_out_without_matplotlib_unless_asked_for(
     assert "Plots are left out." in out.read_text()
 
 
+def test_only_an_older_report_is_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    figures, page = save_evaluation(tmp_path / "evaluation.json"), tmp_path / "r.html"
+    other, pipe = tmp_path / "other.html", tmp_path / "pipe"
+    other.write_text('<!DOCTYPE html>\n<html lang="en">\n')
+    os.mkfifo(pipe)
+    before = figures.read_bytes(), other.read_bytes()
+    for out in (figures, other, pipe):
+        assert cli.run(["report", "--evaluation", str(figures), "--out", str(out), "--no-plots"]) == 4
+        assert capsys.readouterr().err.startswith("error: not-a-report: ")
+    assert (figures.read_bytes(), other.read_bytes()) == before
+    for title in ("First", "Second"):
+        flags = ["--evaluation", str(figures), "--title", title, "--no-plots"]
+        assert cli.run(["report", *flags, "--out", str(page)]) == 0
+    assert "Second" in page.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("file", "place", "value", "kind"),
+    [
+        ("result.json", ("seconds",), "x", "damaged-run"),
+        ("result.json", ("steps",), None, None),
+        ("result.json", ("parameters",), HUGE, "damaged-run"),
+        ("result.json", ("evaluation",), [1], "damaged-run"),
+        ("run.json", ("total_steps",), "x", "damaged-run"),
+        ("run.json", ("student", "num_parameters"), HUGE, "damaged-run"),
+        ("run.json", ("settings",), 5, "damaged-run"),
+        ("metrics.jsonl", ("step",), HUGE, "damaged-run"),
+        ("metrics.jsonl", ("tokens",), HUGE, None),
+        ("metrics.jsonl", ("loss",), "x", None),
+        ("metrics.jsonl", ("evaluate/loss",), {}, None),
+        ("evaluation.json", ("models", 0, "parameters"), HUGE, "not-an-evaluation"),
+        ("evaluation.json", ("models", 0, "cache", "temperature"), math.inf, "not-an-evaluation"),
+        ("plan.json", ("cache", "tokens"), math.inf, "not-a-plan"),
+        ("plan.json", ("students", 0, "parameters"), HUGE, "not-a-plan"),
+        ("plan.json", ("device",), [1], None),
+        ("plan.json", ("curve", 0, "ways", "cached", "hours"), HUGE, None),
+    ],
+    ids=lambda value: "huge" if value == HUGE else str(value),
+)
+def test_values_of_other_types_are_refused_or_left_out(
+    tmp_path: Path, file: str, place: tuple[Any, ...], value: Any, kind: str | None
+) -> None:
+    folder = save_run(tmp_path / "run")
+    paths = {
+        "evaluation.json": save_evaluation(tmp_path / "evaluation.json"),
+        "plan.json": save_plan(tmp_path / "plan.json"),
+    }
+    path = paths.get(file, folder / file)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines:
+        part = line
+        for name in place[:-1]:
+            part = part[name]
+        part[place[-1]] = value
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = ReportConfig(
+        out=tmp_path / "r.html", run=(folder,), evaluation=(paths["evaluation.json"],), plan=paths["plan.json"]
+    )
+    if kind is None:
+        assert render(report_facts(config), plots=False)
+    else:
+        assert file in refused(kind, report_facts, config)
+
+
+def test_a_damaged_result_is_told_with_its_place(tmp_path: Path) -> None:
+    save_run(tmp_path / "run")
+    (tmp_path / "run" / "result.json").write_text('{"seconds": "x"}')
+    assert "result.json, found seconds: " in refused("damaged-run", run_facts, tmp_path / "run")
+
+
 def test_nothing_to_report_on_is_a_mistake_of_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["report", "--out", str(tmp_path / "r.html")]) == 2
     assert "nothing to report on" in capsys.readouterr().err
@@ -245,7 +328,6 @@ def test_nothing_to_report_on_is_a_mistake_of_usage(tmp_path: Path, capsys: pyte
 
 def test_the_command_prints_facts_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, out = save_evaluation(tmp_path / "evaluation.json"), tmp_path / "r.html"
-    out.write_text("an older page")
     assert cli.run(["report", "--evaluation", str(path), "--out", str(out), "--no-plots", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["bytes"] == out.stat().st_size

@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 
 from cache_spec.encodings import Encoding
+from cache_spec.imported import ImportedInfo
 from tests.reports import HOSTILE, Page, save_cache, save_evaluation, save_family, save_plan, save_run
 from tests.synthetic import ENCODINGS
 from train.report import plots
 from train.report.config import ReportConfig
 from train.report.facts import report_facts
 from train.report.inert import visible
-from train.report.page import render
+from train.report.page import render, sections
 from train.report.write import write_report
 
 
@@ -181,3 +182,53 @@ def test_a_mathematical_looking_name_does_not_break_a_plot(tmp_path: Path) -> No
     drawn = plots.Plotter().lines([plots.Line(label="_hidden $^", x=[1, 2, None], y=[1, None, 3])], words)
     assert len(drawn.figures) == 1
     assert plots.Plotter().lines([plots.Line(label="none", x=[1.0], y=[None])], words).figures == ()
+
+
+def test_legends_and_bars_hold_every_name() -> None:
+    long, words = "a-model-with-a-very-long-name-", plots.Words(title="t", x="x", y="y")
+    names = ["_hidden", f"{long}one", f"{long}two", "same", "same", f"a{long}b", f"a{long * 2}b"]
+    assert len(set(plots.short(names))) == len(names)
+    plotter = plots.Plotter()
+    drawn = [
+        plotter.lines([plots.Line(label=name, x=[1, 2], y=[1, 2]) for name in names], words),
+        plotter.bars([plots.Bar(label=name, value=1.0) for name in names], words, shown=str),
+        plotter.dots([plots.Dot(label=name, x=1, y=1) for name in names], words),
+    ]
+    for plot in drawn:
+        assert set(plots.short(names)) <= set(Page(str(plot.figures[0][0])).texts)
+
+
+def test_models_and_texts_of_one_name_stay_apart(tmp_path: Path) -> None:
+    evaluation = json.loads(save_evaluation(tmp_path / "e.json").read_text())
+    model = {**evaluation["models"][0], "cache": {**evaluation["models"][0]["cache"], "kl_is": None}}
+    model["texts"] = [{**model["texts"][0], "text": text} for text in ("/a/x.txt", "/b/x.txt")]
+    (tmp_path / "e.json").write_text(json.dumps({"models": [model, model]}))
+    facts = report_facts(ReportConfig(out=tmp_path / "r.html", evaluation=(tmp_path / "e.json",)))
+    page = Page(render(facts, plots=True))
+    captions = " ".join(page.texts)
+    assert "/a/x.txt" in captions
+    assert "/b/x.txt" in captions
+    numbers = [page.texts.count(f"/m/teacher ({number})") for number in (1, 2)]
+    assert numbers[0] == numbers[1] > len(page.named("table"))
+    assert "of drawn or imported targets, which tell neither KL nor acceptance" in page.text
+
+
+def test_a_bar_stands_in_the_column_that_it_is_of(tmp_path: Path) -> None:
+    save_cache(tmp_path / "cache", temperatures=(0.5, 1.0, 2.0))
+    facts = report_facts(ReportConfig(out=tmp_path / "r.html", cache=tmp_path / "cache", examples=1))
+    (blocks,) = [block for block in sections(facts, None)[0].blocks if block.kind == "examples"]
+    for row, token in zip(blocks.examples[0]["rows"], facts["cache"]["sample"]["examples"][0]["tokens"], strict=True):
+        assert [cell.bar for cell in row["cells"]] == [None, token["probability"]["1"], None]
+    assert render(facts, plots=False).count('class="bar"') > len(blocks.examples[0]["rows"])
+
+
+@pytest.mark.parametrize("logprobs", ["full", "renormalised"])
+def test_entropies_of_imports_say_what_is_missing(tmp_path: Path, logprobs: Any) -> None:
+    info = ImportedInfo(logprobs=logprobs, mass_error=0.001)
+    save_cache(tmp_path / "cache", imported=info, temperatures=(1.0,), window=None)
+    facts = report_facts(ReportConfig(out=tmp_path / "r.html", cache=tmp_path / "cache"))
+    text = Page(render(facts, plots=False)).text
+    assert ("Entropies of positions are of the kept tokens, as if there were no others." in text) == (
+        logprobs == "renormalised"
+    )
+    assert ("a lower bound" in text) == (logprobs == "full")

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from cache_spec.errors import BadInputError
 from cache_spec.failures import first_line
 from train.evaluation.detokenise import detokenise_ptb, detokenise_wikitext
-from train.evaluation.text import decoded, json_rows, read_bytes
+from train.evaluation.text import decoded, json_rows, read_bytes, refuse_lone_surrogates
 
 ENWIK8_BYTES = 100_000_000
 ENWIK8_TEST_BYTES = 5_000_000
@@ -179,6 +179,8 @@ def _lambada(source: _Source) -> Corpus:
     examples = []
     for place, row in source.rows():
         text = row.get("text")
+        if isinstance(text, str):
+            refuse_lone_surrogates(place, text)
         context, _, word = text.rpartition(" ") if isinstance(text, str) else ("", "", "")
         if not context.strip() or not word.strip():
             raise BadInputError("bad-record", place, expected="a passage of words as its text", found=text)
@@ -203,8 +205,10 @@ def _common_gen(source: _Source) -> Corpus:
         if not is_list or not isinstance(target, str) or not target.strip():
             raise BadInputError("bad-record", place, expected="concepts, a list of words, and a target", found=row)
         assert concepts is not None
-        group = row.get("concept_set_id", row.get("concept_set_idx", " ".join(concepts)))
-        context = PROMPT.format(concepts=", ".join(concepts))
+        context = refuse_lone_surrogates(place, PROMPT.format(concepts=", ".join(concepts)))
+        refuse_lone_surrogates(place, target)
+        ids = (row.get(name) for name in ("concept_set_id", "concept_set_idx"))
+        group = next((number for number in ids if number is not None), context)
         examples.append(Example(context=context, target=f" {target.strip()}", group=str(group)))
     return Corpus(
         name=source.name,

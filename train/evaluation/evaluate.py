@@ -42,7 +42,7 @@ def evaluate_models(config: EvaluateConfig, *, quiet: bool = False) -> list[dict
     loss in bits by ``num_bytes``), ``ece`` (expected calibration error of the most probable token against the text's
     own, in 15 bins of equal width) and ``tokens_per_s`` (of the forward passes, output head included);
     ``cache``: None, or ``cache``, ``temperature``, ``num_tokens`` (predicted ones; of masked text those to be found
-    out), ``loss_nats``, ``perplexity``, ``ece``, ``tokens_per_s`` as above, ``teacher_loss`` and ``teacher_perplexity``
+    out), ``loss_nats``, ``perplexity``, ``ece`` as above, ``teacher_loss`` and ``teacher_perplexity``
     (the teacher's own on the same tokens; None of an imported cache), and, over the ``num_positions`` real positions
     (of masked text those that the cache kept), ``kl_to_teacher`` (nats a position, at the temperature), ``overlap``
     (the sum of min(p, q)) and

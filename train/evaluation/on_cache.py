@@ -7,7 +7,6 @@ Legend: B batch, T time, N rows (B x T), C rows of a chunk, V real vocabulary, U
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -62,9 +61,7 @@ def cache_figures(
     teacher = TeacherTargets.of_cache(
         reader, temperature=temperature, tail=pick_tail(None, manifest) and _comparable_tail(manifest)
     ).to(scorer.device)
-    seconds = 0.0
     kind: str | None = None
-    num_run = 0
     of_blocks: list[Sums] = []
     knows_loss = "block_loss" in reader.specs
     names = [*reader.batch_arrays(with_hidden=False), *(["block_loss"] if knows_loss else [])]
@@ -74,7 +71,6 @@ def cache_figures(
         labels_BT, mask_BT = labels_of(batch)
         labels_N, mask_N = labels_BT.flatten(), mask_BT.flatten()
         num_blocks = len(read_ids_BT)
-        started = time.perf_counter()
         targets = teacher(batch.targets, labels_N)
         kind = _kl_kind(targets, manifest)
         of_labels: list[LabelMeasures] = []
@@ -86,7 +82,6 @@ def cache_figures(
                 of_teacher.append(torch.stack(measures))
         labels = joined(of_labels)
         nats_B = _by_block(labels.loss_C, num_blocks)
-        seconds += time.perf_counter() - started
         targets_B = (labels_BT != NO_LABEL).sum(dim=1).cpu().numpy()
         stored_B = reader.read("block_loss", blocks).astype(np.float64) if knows_loss else np.zeros(num_blocks)
         loss_B = np.where(targets_B > 0, stored_B, 0.0)
@@ -97,7 +92,6 @@ def cache_figures(
         )
         columns = [nats_B, loss_B * targets_B, targets_B, *compared_XB, mask_BT.sum(dim=1).cpu().numpy()]
         of_blocks.append(np.column_stack([*columns, calibration_sums(labels, num_blocks)]))
-        num_run += read_ids_BT.numel()
         seen(int(batch.lengths_B.sum()))
     sums_US = np.concatenate(of_blocks)
     total_S = sums_US.sum(axis=0)
@@ -123,7 +117,6 @@ def cache_figures(
         "overlap": point.get("overlap"),
         "teacher_loss": teacher_loss["loss_nats"],
         "teacher_perplexity": teacher_loss["perplexity"],
-        "tokens_per_s": round(num_run / seconds, 1),
         "intervals": {}
         if bootstrap is None
         else bootstrap.intervals(bootstrap.replicates(sums_US, lambda sums: _figures(sums, kind, knows_loss))),

@@ -31,8 +31,8 @@ class CorpusMeasured(NamedTuple):
     """Plain JSON values."""
     replicates: Figures
     """Figures of each resample, [R]."""
-    units: tuple[tuple[int, ...], ...]
-    """Scored tokens of each window, by unit: two models with equal ones were measured on the same tokens."""
+    scored_digest: str
+    """That of the windows: two models with equal ones were measured on the same tokens."""
 
 
 def corpus_figures(
@@ -92,10 +92,7 @@ def corpus_figures(
         "sampled": plan.is_sampled,
         "difference": None,
     }
-    units: list[list[int]] = [[] for _ in sums_US]
-    for window, unit in zip(windows, units_W, strict=True):
-        units[unit].append(window.num_scored)
-    return CorpusMeasured(result, replicates, tuple(map(tuple, units)))
+    return CorpusMeasured(result, replicates, plan.scored_digest)
 
 
 def add_differences(measured: list[CorpusMeasured], name: str, bootstrap: Bootstrap) -> None:
@@ -106,7 +103,7 @@ def add_differences(measured: list[CorpusMeasured], name: str, bootstrap: Bootst
     """
     first, *others = measured
     for other in others:
-        if other.units != first.units:
+        if other.scored_digest != first.scored_digest:
             continue
         names = [key for key in ("loss_nats", "accuracy") if first.figures[key] is not None]
         replicates = {key: other.replicates[key] - first.replicates[key] for key in names if key in first.replicates}

@@ -5,6 +5,8 @@ Legend: B batch (1), T time.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -31,7 +33,6 @@ def write_samples(model: PreTrainedModel, tokenizer: Any, config: EvaluateConfig
         if room < 1:
             raise BadInputError("block-too-long", "--sample", expected=f"fewer than {positions} tokens", found=len(ids))
         is_drawn = config.sample_temperature > 0
-        # Written out in full: what a model's own folder says of sampling would make models incomparable.
         settings = GenerationConfig(
             max_new_tokens=min(config.sample_tokens, room),
             do_sample=is_drawn,
@@ -41,7 +42,7 @@ def write_samples(model: PreTrainedModel, tokenizer: Any, config: EvaluateConfig
         )
         ids_BT = torch.tensor([ids], device=model.device)
         devices = [model.device] if model.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
+        with _without_its_own_settings(model), torch.random.fork_rng(devices=devices):
             torch.manual_seed(config.seed)
             generated: Any = model.generate(  # type: ignore[operator]
                 input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT), generation_config=settings
@@ -49,3 +50,15 @@ def write_samples(model: PreTrainedModel, tokenizer: Any, config: EvaluateConfig
         text = tokenizer.decode(generated[0, len(ids) :], skip_special_tokens=True)
         samples.append({"prompt": prompt, "text": text})
     return samples
+
+
+@contextmanager
+def _without_its_own_settings(model: PreTrainedModel) -> Iterator[None]:
+    """What a model's folder says of generation (a repetition penalty, words to suppress) would fill whatever a call
+    leaves open, and make models incomparable."""
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own

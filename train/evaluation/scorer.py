@@ -107,7 +107,7 @@ def find_models(
     configs = {name: load_config(folder, "unknown-model") for name, folder in folders.items()}
     limits = [limit for model_config in configs.values() if (limit := _positions(model_config)) is not None]
     # One window for all models: with more context a model would only seem better.
-    window = config.window or min(DEFAULT_WINDOW, *limits)
+    window = config.window or min([DEFAULT_WINDOW, *limits])
     stride = config.stride or max(1, window // 2)
     if stride > window:
         hint = "choose a smaller --stride"

@@ -16,11 +16,12 @@ _CORPUS_FIGURES = {
     "perplexity": ("perplexity", 2),
     "bits_per_byte": ("bits/byte", 4),
 }
-_KL_WORDS = {
-    "exact": "exact KL and overlap",
-    "lower-bound": "KL from below and overlap from above",
-    None: "of drawn or imported targets, which tell neither KL nor overlap,",
+KL_WORDS = {
+    "exact": "exact KL and {overlap}",
+    "lower-bound": "KL from below and {overlap} from above",
+    None: "of drawn or imported targets, which tell neither KL nor {overlap},",
 }
+"""What a cache tells of the teacher, by ``kl_is``."""
 
 
 def table(report: Mapping[str, Any]) -> list[str]:
@@ -51,13 +52,25 @@ def _corpora(rows: Sequence[Row], bootstrap: Mapping[str, Any]) -> list[list[str
             if row["harness"] is not None:
                 found = row["harness"][number]["figures"]
                 told = ", ".join(f"{figure} {_figure(value)}" for figure, value in found.items())
-                protocols.append(f"{first['corpus']}, {name} by lm-evaluation-harness: {told}")
+                protocols.append(f"{first['corpus']}, {name} by lm-evaluation-harness{_windows(first)}: {told}")
         size = f"{first['num_tokens']:,} tokens, {first['num_units']:,} units ({first['interval_unit']})"
         protocols.append(f"{first['corpus']} ({first['source']}; {size}): {first['protocol']}")
     if bootstrap["resamples"]:
         settings = f"{bootstrap['resamples']:,} resamples of units, seed {bootstrap['seed']}"
-        protocols.append(f"[{bootstrap['level']:.0%} intervals] by bootstrap: {settings}; of a loss - loss, of pairs.")
+        protocols.append(
+            f"[{100 * bootstrap['level']:g}% intervals] by bootstrap: {settings}; of a loss - loss, of pairs."
+        )
     return [_aligned(cells, left=2), protocols]
+
+
+def _windows(figures: Row) -> str:
+    """What the harness reads together, which is not what ours reads where windows overlap."""
+    window = figures["window_tokens"]
+    return (
+        f", at most {window} tokens read"
+        if figures["mode"] == "examples"
+        else f", windows of {window}, stride {window}"
+    )
 
 
 def _short(names: Sequence[str]) -> list[str]:
@@ -91,7 +104,8 @@ def _cache(rows: Sequence[Row]) -> list[list[str]]:
     header, *cells = _cells([(row, row["cache"]) for row in rows], names)
     teacher = ["(the teacher)", "", cells[0][2], _figure(cache["teacher_loss"])]
     teacher += [_figure(cache["teacher_perplexity"], 2), *[""] * (len(header) - 5)]
-    place = f"{cache['cache']}, {_KL_WORDS[cache['kl_is']]} at temperature {cache['temperature']:g}"
+    told = KL_WORDS[cache["kl_is"]].format(overlap="overlap")
+    place = f"{cache['cache']}, {told} at temperature {cache['temperature']:g}"
     return [[place, *_aligned([header, teacher, *cells]), *_cache_intervals(rows)]]
 
 
@@ -154,11 +168,13 @@ def _printable(text: str) -> str:
 
 def _cells(pairs: list[tuple[Row, Row]], more: dict[str, str]) -> list[list[str]]:
     """A header, and one line for each pair of a model's row and its figures; ``more`` maps figures to headings."""
-    cells = [["model", "parameters", "tokens", "loss", "perplexity", *more.values(), "tokens/s"]]
+    is_timed = "tokens_per_s" in pairs[0][1]
+    header = ["model", "parameters", "tokens", "loss", "perplexity", *more.values()]
+    cells = [[*header, "tokens/s"] if is_timed else header]
     for row, of in pairs:
         common = [row["name"], f"{row['parameters']:,}", f"{of['num_tokens']:,}"]
         figures = [_figure(of["loss_nats"]), _figure(of["perplexity"], 2), *(_figure(of[name]) for name in more)]
-        cells.append([*common, *figures, f"{of['tokens_per_s']:,.0f}"])
+        cells.append([*common, *figures, *([f"{of['tokens_per_s']:,.0f}"] if is_timed else [])])
     return cells
 
 

@@ -125,16 +125,21 @@ def json_rows(path: object, data: bytes) -> Iterator[tuple[str, dict[str, Any]]]
         yield place, row
 
 
+def refuse_lone_surrogates(place: str, text: str) -> str:
+    """The text itself; BadInputError ``bad-record`` for half of a surrogate pair, which JSON writes as an escape."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise BadInputError("bad-record", place, expected="text", found=error.reason) from None
+    return text
+
+
 def _documents(path: Path, data: bytes) -> Iterator[str]:
     for place, row in json_rows(path, data):
         text = row.get("text")
         if not isinstance(text, str):
             raise BadInputError("bad-record", place, expected="an object with a string as its text")
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:  # half of a surrogate pair, written as an escape
-            raise BadInputError("bad-record", place, expected="text", found=error.reason) from None
-        yield text
+        yield refuse_lone_surrogates(place, text)
 
 
 def open_tokenizer(folder: Path) -> Any | None:

@@ -12,6 +12,7 @@ Legend: T tokens that a window reads.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -58,6 +59,8 @@ class WindowPlan:
     """Those that the windows are of."""
     num_all: int
     """Windows of the whole corpus, of which ``windows`` may be a sample."""
+    scored_digest: str
+    """SHA-256 of the scored ids, unit by unit, and of the tokens that they stand for."""
 
     @property
     def is_sampled(self) -> bool:
@@ -133,6 +136,7 @@ def plan_windows(
             windows=windows,
             examples=tuple(kept),
             num_all=len(corpus.examples),
+            scored_digest=_scored_digest(windows, tokenizer),
         )
     if mode == "blocks":
         windows = tuple(_blocks(_tokens(corpus.passages, tokenizer, corpus.source), window))
@@ -158,6 +162,7 @@ def plan_windows(
         unit=unit,
         windows=tuple(kept_windows),
         num_all=len(windows),
+        scored_digest=_scored_digest(kept_windows, tokenizer),
     )
 
 
@@ -165,6 +170,17 @@ def start_token(tokenizer: Any) -> int | None:
     """What a passage begins with: the tokenizer's token for the beginning of a text, or else for the end of one."""
     found = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     return None if found is None else int(found)
+
+
+def _scored_digest(windows: Sequence[Window], tokenizer: Any) -> str:
+    digest = hashlib.sha256()
+    scored = [window.ids[-window.num_scored :] for window in windows]
+    for window, ids in zip(windows, scored, strict=True):
+        digest.update(f"{window.unit} {len(ids)} ".encode())
+        digest.update(ids.astype("<i8").tobytes())
+    kinds = np.unique(np.concatenate(scored)).tolist()
+    digest.update(repr(tokenizer.convert_ids_to_tokens(kinds)).encode())
+    return digest.hexdigest()
 
 
 def _tokens(passages: Sequence[Passage], tokenizer: Any, place: str) -> _Tokens:

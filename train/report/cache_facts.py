@@ -104,6 +104,7 @@ def _sizes(reader: CacheReader, shards: Sequence[int], chosen: Sequence[int]) ->
         "shards_read": len(chosen),
         "is_estimate": len(chosen) < len(shards),
         "tokens": num_tokens,
+        "is_estimate_of_tokens": len(chosen) < len(shards) and not is_sealed,
         "blocks": there,
         "bytes": sum(arrays.values()) + sum(tables.values()),
         "arrays": arrays,
@@ -139,7 +140,7 @@ def _sample(
             if top.outside_N is not None
         },
         "entropy": {f"{t:g}": _histogram(top.entropy_N) for t, top in tops.items()},
-        "entropy_is": entropy_is(manifest.encoding.name),
+        "entropy_is": entropy_is(manifest.encoding.name, manifest.imported),
         "temperature": base,
         "examples": examples,
     }

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
-from train.report.plots import Line, Plotter, Words, beside
+from train.report.plots import Bar, Line, Plotter, Words, beside
 from train.report.tables import (
     Beside,
     Cell,
@@ -68,8 +69,9 @@ def _what(facts: dict[str, Any]) -> list[tuple[str, Cell]]:
         )
     if sizes is not None:
         about = "about " if sizes["is_estimate"] else ""
+        about_tokens = "about " if sizes["is_estimate_of_tokens"] else ""
         per_token = f"{sizes['bytes'] / sizes['tokens']:,.1f} bytes/token" if sizes["tokens"] else "no tokens"
-        items.append(("Tokens", words(f"{sizes['tokens']:,}")))
+        items.append(("Tokens", words(f"{about_tokens}{sizes['tokens']:,}")))
         items.append(("Size", words(f"{about}{size(sizes['bytes']).text}, {per_token}")))
     state = "finished" if facts["finished"] else "not finished"
     items.append(("Shards", words(f"{facts['shards_done']:,} of {facts['shards_planned']:,}, {state}")))
@@ -110,10 +112,10 @@ def _sizes(facts: dict[str, Any], plotter: Plotter | None) -> list[Any]:
     if plotter is not None:
         unit, scale = _unit(parts[0][1])
         strong = {*sizes["target_arrays"], *sizes["tables"]}
+        bars = [Bar(label=name, value=num / scale, is_pale=name not in strong) for name, num in parts if num]
         caption = "Strong: targets and tables of the encoding. Pale: text, hidden states, figures of blocks."
         labels = Words(title="Bytes by array", x=f"size ({unit})", y="", caption=caption)
-        scaled = {name: num / scale for name, num in parts if num}
-        plot = plotter.bars(scaled, labels, shown=lambda value: size(value * scale).text, strong=strong)
+        plot = plotter.bars(bars, labels, shown=lambda value: size(value * scale).text)
         return [*blocks, Beside(blocks=(plot, table))]
     return [*blocks, table]
 
@@ -232,16 +234,17 @@ def _shown(sample: dict[str, Any], is_masked: bool) -> list[dict[str, Any]]:
             "outside_text": {t: percent(mass, 2).text for t, mass in example["outside"].items()},
             "entropy_text": figure(example["entropy"], 3).text,
             "rows": [
-                {
-                    **token,
-                    "share": token["probability"][base],
-                    "cells": [percent(token["probability"][t], 2) for t in sample["head_mass"]],
-                }
+                {**token, "cells": [_probability(token["probability"][t], t == base) for t in sample["head_mass"]]}
                 for token in example["tokens"]
             ],
         }
         for example in sample["examples"]
     ]
+
+
+def _probability(share: float | None, has_bar: bool) -> Cell:
+    """A token's, with a bar at the temperature by which the examples were chosen."""
+    return replace(percent(share, 2), bar=share if has_bar else None)
 
 
 def _particulars(facts: dict[str, Any]) -> list[Any]:

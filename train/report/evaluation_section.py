@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from train.report.plots import Plotter, Words, beside
+from train.evaluation.tables import KL_WORDS
+from train.report.plots import Bar, Plotter, Words, beside
 from train.report.tables import (
     Cell,
     FactList,
@@ -17,6 +18,7 @@ from train.report.tables import (
     bare,
     count,
     figure,
+    numbered,
     size,
     with_interval,
     words,
@@ -44,13 +46,16 @@ def evaluation_section(evaluation: Mapping[str, Any], number: int, plotter: Plot
     models, names = evaluation["models"], distinct_names([model["name"] for model in evaluation["models"]])
     section.blocks.append(FactList(items=[("File", words(evaluation["file"])), *_bootstrap(evaluation["bootstrap"])]))
     section.blocks.append(_models_table(models, names))
-    for kind, key in (("text", "texts"), ("corpus", "corpora")):
-        for label in dict.fromkeys(_label(part, kind) for model in models for part in model[key]):
+    texts = list(dict.fromkeys(part["text"] for model in models for part in model["texts"]))
+    text_labels = dict(zip(texts, distinct_names(texts), strict=True))
+    labelled = (("texts", lambda part: text_labels[part["text"]]), ("corpora", _corpus_label))
+    for key, label_of in labelled:
+        for label in dict.fromkeys(label_of(part) for model in models for part in model[key]):
             found = [
                 (name, part)
                 for name, model in zip(names, models, strict=True)
                 for part in model[key]
-                if _label(part, kind) == label
+                if label_of(part) == label
             ]
             section.blocks.extend(_compared(label, found, plotter))
     found = [(name, model["cache"]) for name, model in zip(names, models, strict=True) if model["cache"]]
@@ -62,15 +67,13 @@ def evaluation_section(evaluation: Mapping[str, Any], number: int, plotter: Plot
 
 
 def distinct_names(names: Sequence[str]) -> list[str]:
-    """The last part of each name, or the whole where that does not tell two apart."""
+    """The last part of each name, or the whole where that does not tell two apart; equal ones are numbered."""
     ends = [bare(name) for name in names]
-    return [end if ends.count(end) == 1 else name for end, name in zip(ends, names, strict=True)]
+    return numbered([end if ends.count(end) == 1 else name for end, name in zip(ends, names, strict=True)])
 
 
-def _label(part: Mapping[str, Any], kind: str) -> str:
+def _corpus_label(part: Mapping[str, Any]) -> str:
     """What figures of several models must share to be compared."""
-    if kind == "text":
-        return bare(part["text"])
     windows = [
         f"{name} {part[key]:,}" for key, name in (("window_tokens", "window"), ("stride", "stride")) if part[key]
     ]
@@ -152,11 +155,14 @@ def _figure(part: Mapping[str, Any], name: str) -> Cell:
 
 def _bars(label: str, name: str, found: Sequence[tuple[str, Mapping[str, Any]]], plotter: Plotter) -> Any:
     heading = _COMMON[name][0]
-    values = {model: part[name] for model, part in found if part[name] is not None}
-    intervals = {model: part["intervals"][name] for model, part in found if name in part["intervals"]}
-    caption = f"{label}." + (" Lines: intervals." if intervals else "")
+    bars = [
+        Bar(label=model, value=part[name], interval=part["intervals"].get(name))
+        for model, part in found
+        if part[name] is not None
+    ]
+    caption = f"{label}." + (" Lines: intervals." if any(bar.interval for bar in bars) else "")
     labels = Words(title=f"{heading[:1].upper()}{heading[1:]}", x=heading, y="", caption=caption)
-    return plotter.bars(values, labels, shown=lambda value: f"{value:,.4g}", intervals=intervals)
+    return plotter.bars(bars, labels, shown=lambda value: f"{value:,.4g}")
 
 
 def _on_cache(found: Sequence[tuple[str, Mapping[str, Any]]], plotter: Plotter | None) -> list[Any]:
@@ -165,15 +171,8 @@ def _on_cache(found: Sequence[tuple[str, Mapping[str, Any]]], plotter: Plotter |
     if cache["teacher_loss"] is not None:
         own = (figure(cache["teacher_loss"]), figure(cache["teacher_perplexity"], 2))
         above.append((Cell("(the teacher)"), count(cache["num_tokens"]), *own))
-    kinds = {
-        "exact": "exact KL and acceptance",
-        "lower-bound": "KL from below and acceptance from above",
-    }
-    told = kinds.get(cache["kl_is"])
-    if all(part["kl_to_teacher"] is None for _, part in found):
-        told = "of drawn targets, which tell neither KL nor acceptance"
-    where = f"Held-out cache {bare(cache['cache'])} at temperature {cache['temperature']:g}"
-    label = ", ".join(filter(None, [where, told]))
+    told = KL_WORDS.get(cache["kl_is"], "KL and {overlap}").format(overlap="acceptance")
+    label = f"Held-out cache {bare(cache['cache'])}, {told} at temperature {cache['temperature']:g}"
     blocks: list[Any] = [_figures_table(label, found, above)]
     if plotter is not None:
         names = [n for n in ("loss_nats", "kl_to_teacher", "overlap") if any(part[n] is not None for _, part in found)]
@@ -210,7 +209,7 @@ def _speed(models: Models, names: Sequence[str], plotter: Plotter | None) -> lis
         figures = (("prefill_tokens_per_s", "Reading a prompt"), ("decode_tokens_per_s", "Generating"))
         plots = [
             plotter.bars(
-                {name: speed[key] for name, speed in timed if speed[key] is not None},
+                [Bar(label=name, value=speed[key]) for name, speed in timed if speed[key] is not None],
                 Words(title=title, x="tokens/s", y="", caption="One text at a time."),
                 shown=lambda value: f"{value:,.1f}",
             )

@@ -46,11 +46,13 @@ def isolated(text: str) -> Markup:
 
 
 def plain(value: Any) -> Any:
-    """The same JSON value with every text visible, and None for numbers that JSON does not have."""
+    """The same JSON value with every text visible, and None for numbers that JSON or 64 bits do not hold."""
     if isinstance(value, str):
         return visible(value)
     if isinstance(value, Mapping):
         return {visible(str(name)): plain(part) for name, part in value.items()}
     if isinstance(value, Sequence):
         return [plain(part) for part in value]
+    if isinstance(value, int) and abs(value) >= 2**63:
+        return None
     return None if isinstance(value, float) and not -float("inf") < value < float("inf") else value

@@ -1,4 +1,4 @@
-"""Files of other commands that a report shows: families, evaluations and plans come in as JSON, records go out.
+"""Files of other commands that a report shows: runs, families, evaluations, plans come in as JSON, records go out.
 
 What a file may leave out is None or empty; what it has too much is ignored: commands may come to say more.
 """
@@ -6,25 +6,29 @@ What a file may leave out is None or empty; what it has too much is ignored: com
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from cache_spec.errors import BadInputError
 from train.run_files import FAMILY_NAME
 
 Interval = tuple[float, float]
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+"""A whole number that a page can calculate with."""
 
 
-class _Part(BaseModel):
+class Part(BaseModel):
+    """An object of a file."""
+
     model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
 
 
-class TextFigures(_Part):
+class TextFigures(Part):
     """A model on one text."""
 
     text: str
-    num_tokens: int
+    num_tokens: Count
     loss_nats: float
     perplexity: float | None = None
     bits_per_byte: float | None = None
@@ -33,12 +37,12 @@ class TextFigures(_Part):
     intervals: dict[str, Interval] = {}
 
 
-class CacheFigures(_Part):
+class CacheFigures(Part):
     """A model against a cache's teacher."""
 
     cache: str
-    temperature: float
-    num_tokens: int
+    temperature: FiniteFloat
+    num_tokens: Count
     loss_nats: float
     perplexity: float | None = None
     ece: float | None = None
@@ -52,7 +56,7 @@ class CacheFigures(_Part):
     intervals: dict[str, Interval] = {}
 
 
-class Difference(_Part):
+class Difference(Part):
     """How much more a model has than the first one, on the same tokens."""
 
     to: str
@@ -61,19 +65,19 @@ class Difference(_Part):
     intervals: dict[str, Interval] = {}
 
 
-class CorpusFigures(_Part):
+class CorpusFigures(Part):
     """A model on a corpus by a stated protocol."""
 
     corpus: str
     source: str | None = None
     protocol: str | None = None
     mode: str | None = None
-    window_tokens: int | None = None
-    stride: int | None = None
-    num_tokens: int | None = None
-    num_words: int | None = None
-    num_examples: int | None = None
-    num_units: int | None = None
+    window_tokens: Count | None = None
+    stride: Count | None = None
+    num_tokens: Count | None = None
+    num_words: Count | None = None
+    num_examples: Count | None = None
+    num_units: Count | None = None
     loss_nats: float | None = None
     perplexity: float | None = None
     word_perplexity: float | None = None
@@ -85,32 +89,32 @@ class CorpusFigures(_Part):
     difference: Difference | None = None
 
 
-class SpeedFigures(_Part):
+class SpeedFigures(Part):
     """How fast a model generates."""
 
-    prompt_tokens: int | None = None
+    prompt_tokens: Count | None = None
     prefill_tokens_per_s: float | None = None
     decode_tokens_per_s: float | None = None
     first_token_s: float | None = None
     token_s: float | None = None
-    peak_bytes: int | None = None
+    peak_bytes: Count | None = None
 
 
-class SampleText(_Part):
+class SampleText(Part):
     """A text that a model went on with."""
 
     prompt: str
     text: str
 
 
-class ModelFigures(_Part):
+class ModelFigures(Part):
     """All that was measured of one model."""
 
     name: str
-    parameters: int | None = None
+    parameters: Count | None = None
     dtype: str | None = None
     device: str | None = None
-    file_bytes: int | None = None
+    file_bytes: Count | None = None
     texts: tuple[TextFigures, ...] = ()
     cache: CacheFigures | None = None
     corpora: tuple[CorpusFigures, ...] = ()
@@ -118,28 +122,28 @@ class ModelFigures(_Part):
     samples: tuple[SampleText, ...] = ()
 
 
-class Evaluation(_Part):
+class Evaluation(Part):
     """What ``kdpipe evaluate`` says."""
 
     models: tuple[ModelFigures, ...] = Field(min_length=1)
     bootstrap: Any = None
 
 
-class FamilyStudent(_Part):
+class FamilyStudent(Part):
     """One student of a family."""
 
     name: str
     control_of: str | None = None
     status: str
     error: str | None = None
-    parameters: int | None = None
-    training_tokens: int | None = None
+    parameters: Count | None = None
+    training_tokens: Count | None = None
     training_hours: float | None = None
     evaluation: ModelFigures | None = None
     speed: SpeedFigures | None = None
 
 
-class Family(_Part):
+class Family(Part):
     """What ``family.json`` says."""
 
     format: str = Field(pattern="^kdpipe-family$")
@@ -147,7 +151,7 @@ class Family(_Part):
     students: tuple[FamilyStudent, ...]
 
 
-class Assumption(_Part):
+class Assumption(Part):
     """What a plan takes as given."""
 
     name: str
@@ -156,10 +160,10 @@ class Assumption(_Part):
     source: str | None = None
 
 
-class PlannedCache(_Part):
+class PlannedCache(Part):
     """The cache that was planned."""
 
-    tokens: float
+    tokens: FiniteFloat
     tokens_certainty: str | None = None
     bytes: float | None = None
     bytes_by_array: dict[str, float] = {}
@@ -167,7 +171,7 @@ class PlannedCache(_Part):
     """Of what is stored once."""
 
 
-class PlannedCapture(_Part):
+class PlannedCapture(Part):
     """The capture that was planned."""
 
     hours: float | None = None
@@ -175,17 +179,17 @@ class PlannedCapture(_Part):
     peak_bytes: float | None = None
 
 
-class Hours(_Part):
+class Hours(Part):
     """Of another way to train the same student."""
 
     hours: float | None = None
 
 
-class PlannedStudent(_Part):
+class PlannedStudent(Part):
     """A student that was planned."""
 
     name: str
-    parameters: int | None = None
+    parameters: Count | None = None
     epochs: float | None = None
     tokens: float | None = None
     """Seen in all epochs."""
@@ -197,26 +201,26 @@ class PlannedStudent(_Part):
     cross_entropy: Hours | None = None
 
 
-class CurvePoint(_Part):
+class CurvePoint(Part):
     """So many students, by several ways."""
 
-    students: float
+    students: FiniteFloat
     ways: dict[str, dict[str, Any]]
 
 
 class HoursPoint(CurvePoint):
     """What so many students could learn in some hours."""
 
-    hours: float
+    hours: FiniteFloat
 
 
-class Plan(_Part):
+class Plan(Part):
     """What ``kdpipe plan --json`` says."""
 
     assumptions: tuple[Assumption, ...] = ()
     calibrated: bool = False
     device: Any = None
-    num_devices: int | None = None
+    num_devices: Count | None = None
     teacher: dict[str, Any] = {}
     cache: PlannedCache
     capture: PlannedCapture | None = None
@@ -229,7 +233,51 @@ class Plan(_Part):
     loss_by_hours: tuple[HoursPoint, ...] | None = None
 
 
-Kind = TypeVar("Kind", bound=_Part)
+class RunStudent(Part):
+    """What kind of student it is; what more there is, is shown as it is."""
+
+    model_config = ConfigDict(extra="allow")
+
+    num_parameters: Count | None = None
+
+
+class Run(Part):
+    """What ``run.json`` says."""
+
+    fingerprint: str | None = None
+    settings: dict[str, Any] = {}
+    config: dict[str, Any] = {}
+    student: RunStudent = RunStudent()
+    versions: dict[str, Any] = {}
+    total_steps: Count | None = None
+
+
+class Result(Part):
+    """What ``result.json`` says."""
+
+    stopped_by: str | None = None
+    steps: Count | None = None
+    tokens: Count | None = None
+    seconds: float | None = None
+    tokens_per_s: float | None = None
+    parameters: Count | None = None
+    evaluation: dict[str, Any] | None = None
+
+
+class Position(Part):
+    """How far a checkpoint is."""
+
+    tokens: Count | None = None
+    seconds: float | None = None
+
+
+class CheckpointState(Part):
+    """What the ``state.json`` of a checkpoint says."""
+
+    position: Position = Position()
+
+
+Kind = TypeVar("Kind", bound=Part)
 
 
 def read_evaluation(path: Path) -> Evaluation:
@@ -253,7 +301,11 @@ def _read(path: Path, kind: type[Kind], error_kind: str, expected: str) -> Kind:
     except OSError as error:
         raise BadInputError(error_kind, path, expected=expected, found=error.strerror) from None
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
-        found = f"{where}: {first['msg']}" if where else first["msg"]
-        raise BadInputError(error_kind, path, expected=expected, found=found) from None
+        raise BadInputError(error_kind, path, expected=expected, found=first_problem(error)) from None
+
+
+def first_problem(error: ValidationError) -> str:
+    """Where a file's object is wrong, and how."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    where = ".".join(str(part) for part in first["loc"])
+    return f"{where}: {first['msg']}" if where else first["msg"]

@@ -22,6 +22,12 @@ from train.report.plots import Plotter
 from train.report.run_sections import family_section, runs_section
 from train.report.tables import Section
 
+BEGINNING = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="generator" content="kdpipe report"""
+"""How every page begins, so that it is known for one."""
 _SPACE = "\u00b7"
 
 
@@ -45,6 +51,7 @@ def render(facts: dict[str, Any], *, plots: bool) -> str:
         ]
     )
     return environment.get_template("report.html").render(
+        beginning=Markup(BEGINNING),
         facts=facts,
         sections=sections(facts, Plotter() if plots else None),
         style=Markup(style),

@@ -51,7 +51,7 @@ def plan_section(plan: Mapping[str, Any], happened: Sequence[Mapping[str, Any]],
 
 
 def _what(plan: Mapping[str, Any]) -> list[tuple[str, Cell]]:
-    device = plan["device"] or {}
+    device = _mapping(plan["device"])
     where = f"{plan['num_devices'] or 1} x {device.get('name', 'device')}, by formula"
     items = [
         ("File", words(plan["file"])),

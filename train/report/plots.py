@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import importlib
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from markupsafe import Markup
 
 from train.report.svg import FAINT, INK, SERIES, inline_svg
-from train.report.tables import Plots
+from train.report.tables import Plots, numbered
 
 _WIDTH_INCHES, _HEIGHT_INCHES, _BAR_INCHES = 5.0, 3.0, 0.26
 _DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)))
@@ -65,6 +65,16 @@ class Line:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Bar:
+    """A named bar, with a line for its interval."""
+
+    label: str
+    value: float
+    interval: Sequence[float] | None = None
+    is_pale: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Dot:
     """A named point; of points of the same group one is linked to the one before it."""
 
@@ -87,9 +97,10 @@ class Words:
     """For those who do not see it; default: title, axes and caption."""
 
 
-def short(name: str) -> str:
-    """A name that fits into a plot."""
-    return name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}\u2026"
+def short(names: Sequence[str]) -> list[str]:
+    """Names that fit into a plot, without the middle of long ones; numbered where that makes them equal."""
+    half = _LONGEST_NAME // 2
+    return numbered([n if len(n) <= _LONGEST_NAME else f"{n[: half - 1]}\u2026{n[-half:]}" for n in names])
 
 
 class Plotter:
@@ -106,17 +117,17 @@ class Plotter:
         lines = [line for line in lines if any(None not in pair for pair in zip(line.x, line.y, strict=True))]
 
         def draw(axes: Any) -> None:
+            handles: list[Any] = []
             for at, line in enumerate(lines):
                 colour, dashes = SERIES[at % len(SERIES)], _DASHES[at % len(_DASHES)]
                 pairs = [(x, y) for x, y in zip(line.x, line.y, strict=True) if x is not None and y is not None]
                 marker = _SHAPES[at % len(_SHAPES)] if len(pairs) < 24 else None
-                axes.plot(
+                handles += axes.plot(
                     *zip(*pairs, strict=True),
                     color=colour,
                     linestyle=dashes,
                     marker=marker,
                     markersize=3.5,
-                    label=short(line.label),
                 )
                 if line.low is not None and line.high is not None:
                     axes.fill_between(line.x, line.low, line.high, color=colour, alpha=0.15, linewidth=0)
@@ -128,7 +139,8 @@ class Plotter:
             if from_zero:
                 axes.set_ylim(bottom=0)
             if len(lines) > 1:
-                axes.legend(loc="best")
+                # Labels of the lines themselves would be left out where they begin with an underscore.
+                axes.legend(handles, short([line.label for line in lines]), loc="best")
 
         return self._plots(draw if lines else None, words)
 
@@ -143,38 +155,31 @@ class Plotter:
 
     def bars(
         self,
-        values: Mapping[str, float],
+        bars: Sequence[Bar],
         words: Words,
         *,
         shown: Callable[[float], str],
-        strong: set[str] | None = None,
-        intervals: Mapping[str, Sequence[float]] | None = None,
     ) -> Plots:
-        """Horizontal bars, each with its value; those not ``strong``, if any are, are pale."""
+        """Horizontal bars, each with its value."""
 
         def draw(axes: Any) -> None:
-            names = list(values)
-            numbers = [values[name] for name in names]
-            bars = axes.barh(range(len(names)), numbers, color=SERIES[0], height=0.7)
-            ends = numbers
-            if intervals:
-                known = [(at, intervals[name]) for at, name in enumerate(names) if name in intervals]
-                for at, (low, high) in known:
-                    axes.plot([low, high], [at, at], color=INK, linewidth=1.2, marker="|", markersize=6)
-                ends = [max(number, intervals.get(name, [number])[-1]) for name, number in values.items()]
-            for bar, name in zip(bars, names, strict=True):
-                bar.set_alpha(0.9 if strong is None or name in strong else 0.4)
-            for at, (number, end) in enumerate(zip(numbers, ends, strict=True)):
+            drawn = axes.barh(range(len(bars)), [bar.value for bar in bars], color=SERIES[0], height=0.7)
+            for at, (bar, patch) in enumerate(zip(bars, drawn, strict=True)):
+                patch.set_alpha(0.4 if bar.is_pale else 0.9)
+                end = bar.value
+                if bar.interval is not None:
+                    axes.plot(bar.interval, [at, at], color=INK, linewidth=1.2, marker="|", markersize=6)
+                    end = max(end, bar.interval[-1])
                 axes.annotate(
-                    shown(number), (end, at), xytext=(4, 0), textcoords="offset points", va="center", fontsize=9
+                    shown(bar.value), (end, at), xytext=(4, 0), textcoords="offset points", va="center", fontsize=9
                 )
-            axes.set_yticks(range(len(names)), [short(name) for name in names])
+            axes.set_yticks(range(len(bars)), short([bar.label for bar in bars]))
             axes.invert_yaxis()
             axes.margins(x=0.22)
             axes.set_xlim(left=0)
             axes.tick_params(axis="y", length=0)
 
-        return self._plots(draw if values else None, words, height=0.9 + _BAR_INCHES * len(values), grid="x")
+        return self._plots(draw if bars else None, words, height=0.9 + _BAR_INCHES * len(bars), grid="x")
 
     def dots(self, dots: Sequence[Dot], words: Words, *, log_x: bool = False) -> Plots:
         """Named points: squares are controls, linked to what they are controls of."""
@@ -186,7 +191,8 @@ class Plotter:
                     axes.plot(
                         [dot.x for dot in linked], [dot.y for dot in linked], ":", color=INK, linewidth=1, alpha=0.6
                     )
-            for dot in dots:
+            names = short([dot.label for dot in dots])
+            for dot, name in zip(dots, names, strict=True):
                 axes.plot(
                     dot.x,
                     dot.y,
@@ -195,9 +201,7 @@ class Plotter:
                     color=SERIES[1] if dot.is_control else SERIES[0],
                 )
                 if not dot.is_control:
-                    axes.annotate(
-                        short(dot.label), (dot.x, dot.y), xytext=(6, 4), textcoords="offset points", fontsize=9
-                    )
+                    axes.annotate(name, (dot.x, dot.y), xytext=(6, 4), textcoords="offset points", fontsize=9)
             axes.margins(x=0.25, y=0.18)
             if log_x:
                 self._logarithmic(axes, [dot.x for dot in dots])

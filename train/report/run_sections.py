@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from train.family_report import figures_of
+from train.family_report import figures_of, kl_notes
 from train.report.plots import Dot, Line, Plotter, Words, beside
 from train.report.tables import (
     Cell,
@@ -219,13 +219,8 @@ def _students_table(students: Sequence[Mapping[str, Any]], known: Mapping[str, M
 
 
 def _notes(students: Sequence[Mapping[str, Any]]) -> list[Note]:
-    notes = [Note(text=f"{s['name']} failed: {s['error']}") for s in students if s["status"] == "failed"]
-    kinds = {cache["kl_is"] for s in students if (cache := (s["evaluation"] or {}).get("cache"))}
-    if "lower-bound" in kinds:
-        notes.append(Note(text="KL is a lower bound and acceptance an upper one: the cache holds heads."))
-    if None in kinds:
-        notes.append(Note(text="The held-out cache holds draws, which tell neither KL nor agreement nor acceptance."))
-    return notes
+    failed = [f"{s['name']} failed: {s['error']}" for s in students if s["status"] == "failed"]
+    return [Note(text=text) for text in (*failed, *kl_notes(students))]
 
 
 def _student_plots(

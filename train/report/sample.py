@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from cache_spec.imported import ImportedInfo
 from cache_spec.manifest import Manifest
 from cache_spec.masking import real_positions
 from cache_spec.reader import CacheReader
@@ -48,8 +49,10 @@ class Tops:
     """Nats; see ``entropy_is``."""
 
 
-def entropy_is(encoding_name: str) -> str:
+def entropy_is(encoding_name: str, imported: ImportedInfo | None) -> str:
     """What the entropies of ``Tops`` are, in words."""
+    if imported is not None and imported.logprobs == "renormalised":
+        return "of the kept tokens, as if there were no others"
     return {
         "hidden": "exact",
         "topk": "a lower bound: all tokens outside the head count as one",

@@ -176,6 +176,13 @@ def hours(value: float | None) -> Cell:
     return Cell(f"{value * 60:.1f} min" if value * 60 >= 1 else f"{value * 3600:.1f} s", value)
 
 
+def numbered(names: Sequence[str]) -> list[str]:
+    """The names, equal ones with a number."""
+    return [
+        name if names.count(name) == 1 else f"{name} ({names[:at].count(name) + 1})" for at, name in enumerate(names)
+    ]
+
+
 def bare(name: str) -> str:
     """A model's or file's name for a heading: of a path, the parts that tell it from others."""
     parts = [part for part in name.replace("\\", "/").split("/") if part]

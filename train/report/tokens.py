@@ -6,6 +6,7 @@ A piece of a byte-level vocabulary that is no whole character is shown by its by
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from cache_spec.smallfile import MAX_SMALL_FILE_BYTES, read_small
 
 TOKENIZER_FILE = Path("tokenizer") / "tokenizer.json"
 _WORD_START = "\u2581"
+_BYTE = re.compile("<0x([0-9A-Fa-f]{2})>")
 
 
 class Piece(NamedTuple):
@@ -84,8 +86,8 @@ class Pieces:
     def _bytes(self, token: str) -> bytes | None:
         """What a token of bytes stands for; None for one of characters."""
         if not self._is_byte_level:
-            is_byte = len(token) == 6 and token.startswith("<0x") and token.endswith(">")
-            return bytes.fromhex(token[3:5]) if is_byte else None
+            match = _BYTE.fullmatch(token)
+            return None if match is None else bytes.fromhex(match[1])
         return bytes(_BYTES[c] for c in token) if all(c in _BYTES for c in token) else None
 
 
