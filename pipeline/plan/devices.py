@@ -91,7 +91,8 @@ DEVICES = {
             capture_utilisation=0.55,
             training_utilisation=0.5,
             source="assumed: 3.1 GHz, 32 FLOPs a cycle (AVX2); a share of the memory's bandwidth",
-            sources=_ASSUMED | {"capture_utilisation": 'docs/RESULTS.md, "Encoding beside the teacher"'},
+            sources=_ASSUMED
+            | {"capture_utilisation": 'docs/RESULTS.md, "Encoding beside the teacher"', "memory_gb": "the machine's"},
         ),
     )
 }
