@@ -22,7 +22,7 @@ def test_the_services_make_a_cache_and_a_student_and_a_stopped_capture_goes_on(t
     recipe = {
         "cache-teacher": {
             "teacher": teacher,
-            "text": [str(write_words(inputs / "text.jsonl", num_documents=100))],
+            "text": [str(write_words(inputs / "text.jsonl", num_documents=40))],
             "encoding": "topk",
             "k": 4,
             "block_tokens": 16,
