@@ -12,7 +12,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from cache_spec.errors import BadInputError
+from filelock import FileLock, Timeout
+
+from cache_spec.errors import BadInputError, WouldLoseDataError
 
 TEMPORARY_PREFIX = ".tmp-"
 _PIECE_BYTES = 1 << 20
@@ -31,6 +33,18 @@ def writing(path: Path) -> Iterator[None]:
             found=error.strerror or str(error),
             hint="free space or fix permissions, then run the same command again",
         ) from error
+
+
+def taken_lock(folder: Path, name: str, kind: str) -> FileLock:
+    """The lock of that name in a folder, taken; WouldLoseDataError of ``kind`` where another process holds it."""
+    lock = FileLock(folder / name)
+    with writing(folder):
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            hint = "another process is writing it; wait for it, or stop it"
+            raise WouldLoseDataError(kind, folder, hint=hint) from None
+    return lock
 
 
 def make_folder(path: Path) -> None:

@@ -13,11 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import filelock
 import numpy as np
 
 from cache_spec.commit import PUBLISH_LOCK, create_cache
-from cache_spec.durable import TEMPORARY_PREFIX, make_folder, remove_leftovers, replace_file, writing
+from cache_spec.durable import TEMPORARY_PREFIX, make_folder, remove_leftovers, replace_file, taken_lock, writing
 from cache_spec.errors import CacheError, WouldLoseDataError
 from cache_spec.layout import array_specs, zarr_metadata
 from cache_spec.listing import SIZES_NAME, missing_receipts, note_sizes, sealed_sizes, sizes_on_disk, whole_shards
@@ -59,13 +58,7 @@ def exclusive(out: Path) -> Iterator[Manifest | None]:
     if foreign and MANIFEST_NAME not in names:
         raise WouldLoseDataError("not-a-cache", out, expected="an empty folder or a cache", found=min(foreign))
     make_folder(out)
-    lock = filelock.FileLock(out / LOCK_NAME)
-    with writing(out):
-        try:
-            lock.acquire(timeout=0)
-        except filelock.Timeout:
-            hint = "another process is writing it; wait for it, or stop it"
-            raise WouldLoseDataError("cache-in-use", out, hint=hint) from None
+    lock = taken_lock(out, LOCK_NAME, "cache-in-use")
     try:
         manifest = read_manifest(out) if (out / MANIFEST_NAME).exists() else None
         _remove_leftovers(out, _named(out) if manifest is None else _names(manifest))

@@ -17,11 +17,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-import filelock
 import numpy as np
 from tqdm import tqdm
 
-from cache_spec.durable import TEMPORARY_PREFIX, make_folder, remove_leftovers, replace_file, sync_folder, writing
+from cache_spec.durable import (
+    TEMPORARY_PREFIX,
+    make_folder,
+    remove_leftovers,
+    replace_file,
+    sync_folder,
+    taken_lock,
+    writing,
+)
 from cache_spec.errors import KdpipeError, WouldLoseDataError
 from cache_spec.reader import CacheReader
 from cache_spec.targets import Array
@@ -298,13 +305,7 @@ def _exclusive(out: Path, new: Index) -> Iterator[Index]:
         hint = "give another --out"
         raise WouldLoseDataError("not-an-export", out, expected="a new or empty folder", found=min(foreign), hint=hint)
     make_folder(out)
-    lock = filelock.FileLock(out / _LOCK_NAME)
-    with writing(out):
-        try:
-            lock.acquire(timeout=0)
-        except filelock.Timeout:
-            hint = "another process is writing it; wait for it, or stop it"
-            raise WouldLoseDataError("export-in-use", out, hint=hint) from None
+    lock = taken_lock(out, _LOCK_NAME, "export-in-use")
     try:
         index = _existing(out, new)
         if index is None:
