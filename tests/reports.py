@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from cache_spec.encodings import Encoding
 from cache_spec.manifest import Manifest, SourceInfo, sha256_hex
 from tests.synthetic import make_manifest, make_rows, write_cache
+from train.report.config import ReportConfig
 
 VOCABULARY = 50
 ATTACKS = (
@@ -264,3 +265,18 @@ class Page(HTMLParser):
     def named(self, tag: str) -> list[dict[str, str]]:
         """The attributes of all elements of a name."""
         return [attributes for name, attributes in self.tags if name == tag]
+
+
+def save_everything(folder: Path, title: str | None = None) -> ReportConfig:
+    """A cache, a run, a family, an evaluation and a plan, all hostile, and the settings of a report on them."""
+    save_cache(folder / "cache")
+    return ReportConfig(
+        out=folder / "report.html",
+        cache=folder / "cache",
+        run=(save_run(folder / "alone", finished=False),),
+        family=save_family(folder / "family"),
+        evaluation=(save_evaluation(folder / "evaluation.json"),),
+        plan=save_plan(folder / "plan.json"),
+        title=title,
+        plots=True,
+    )

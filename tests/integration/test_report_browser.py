@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.reports import save_cache, save_evaluation, save_family, save_plan, save_run
-from train.report.config import ReportConfig
+from tests.reports import save_everything
 from train.report.write import write_report
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
@@ -21,16 +20,7 @@ pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="no chromium w
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("report")
-    save_cache(folder / "cache")
-    config = ReportConfig(
-        out=folder / "report.html",
-        cache=folder / "cache",
-        run=(save_run(folder / "alone", finished=False),),
-        family=save_family(folder / "family"),
-        evaluation=(save_evaluation(folder / "evaluation.json"),),
-        plan=save_plan(folder / "plan.json"),
-        plots=True,
-    )
+    config = save_everything(folder)
     write_report(config)
     return config.out
 

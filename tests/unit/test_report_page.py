@@ -13,7 +13,7 @@ import pytest
 
 from cache_spec.encodings import Encoding
 from cache_spec.imported import ImportedInfo
-from tests.reports import HOSTILE, Page, save_cache, save_evaluation, save_family, save_plan, save_run
+from tests.reports import HOSTILE, Page, save_cache, save_evaluation, save_everything
 from tests.synthetic import ENCODINGS
 from train.report import plots
 from train.report.config import ReportConfig
@@ -27,17 +27,7 @@ from train.report.write import write_report
 def everything(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
     """Facts and page of a cache, a run, a family, an evaluation and a plan, all hostile."""
     folder = tmp_path_factory.mktemp("report")
-    save_cache(folder / "cache")
-    config = ReportConfig(
-        out=folder / "report.html",
-        cache=folder / "cache",
-        run=(save_run(folder / "alone", finished=False),),
-        family=save_family(folder / "family"),
-        evaluation=(save_evaluation(folder / "evaluation.json"),),
-        plan=save_plan(folder / "plan.json"),
-        title=HOSTILE,
-        plots=True,
-    )
+    config = save_everything(folder, title=HOSTILE)
     facts = write_report(config)
     return facts, config.out.read_text(encoding="utf-8")
 
